@@ -1,0 +1,41 @@
+"""kakunin-db: cryptographic identity and row-level isolation for AI agents, inside Postgres."""
+
+from __future__ import annotations
+
+from .ca import AgentCertificate, LocalCA
+from .credential import AgentCredential
+from .errors import (
+    AgentSuspendedError,
+    BadInputError,
+    CertificateRevokedError,
+    CertificateValidityError,
+    CredentialRejectedError,
+    KakuninError,
+    LedgerAppendOnlyError,
+    LedgerIntegrityError,
+    ScopeViolationError,
+    SpendLimitError,
+    UnknownCertificateError,
+)
+from .serials import normalize_serial
+from .signers import LocalSigner, Signer
+
+__all__ = [
+    "AgentCertificate",
+    "AgentCredential",
+    "AgentSuspendedError",
+    "BadInputError",
+    "CertificateRevokedError",
+    "CertificateValidityError",
+    "CredentialRejectedError",
+    "KakuninError",
+    "LedgerAppendOnlyError",
+    "LedgerIntegrityError",
+    "LocalCA",
+    "LocalSigner",
+    "ScopeViolationError",
+    "Signer",
+    "SpendLimitError",
+    "UnknownCertificateError",
+    "normalize_serial",
+]

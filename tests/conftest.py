@@ -1,0 +1,227 @@
+"""A real server of every major under test, a database with the kit for every module, and logins to be."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import pytest
+from cluster import MAJORS, Cluster, binaries
+
+from kakunin_db import AgentCertificate, AgentCredential, LocalCA, LocalSigner
+from kakunin_db.resources import install_sql
+
+# Logins of the cluster and the roles they hold. `installer` owns the kit and is not superuser;
+# `app` owns the application's tables; agent_1 and agent_2 are agents' logins, `pooled` one they share.
+LOGINS = {
+    "app": ["kakunin_operator"],
+    "agent_1": ["kakunin_agent"],
+    "agent_2": ["kakunin_agent"],
+    "pooled": ["kakunin_agent"],
+    "gateway": ["kakunin_gateway"],
+    "registrar": ["kakunin_registrar"],
+    "operator": ["kakunin_operator"],
+    "stranger": [],
+}
+# PostgREST's and Supabase's.
+API_ROLES = ["anon", "authenticated"]
+
+
+def start_cluster(major: int) -> Cluster:
+    bindir = binaries(major)
+    if bindir is None:
+        pytest.skip(f"no Postgres {major} on this machine: make postgres, or set KAKUNIN_PG{major}_BIN")
+    cluster = Cluster(major, bindir)
+    cluster.init()
+    cluster.start()
+    with cluster.connect(autocommit=True) as admin:
+        admin.execute("create role installer login createrole nosuperuser nobypassrls")
+        admin.execute("create database kit_template")
+        admin.execute("grant create on database kit_template to installer")
+    with cluster.connect("kit_template", "installer") as installer:
+        installer.execute(install_sql())
+    with cluster.connect(autocommit=True) as admin:
+        for login, roles in LOGINS.items():
+            admin.execute(f"create role {login} login")
+            for role in roles:
+                admin.execute(f"grant {role} to {login}")
+        admin.execute("create role authenticator login noinherit")
+        for role in API_ROLES:
+            admin.execute(f"create role {role} nologin")
+            admin.execute(f"grant {role} to authenticator")
+    return cluster
+
+
+@pytest.fixture(scope="session", params=MAJORS, ids=lambda m: f"pg{m}")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    cluster = start_cluster(request.param)
+    yield cluster
+    cluster.destroy()
+
+
+_names = itertools.count(1)
+
+
+@dataclass
+class Database:
+    """A database with the kit installed by `installer`. Everybody may create in its schema public."""
+
+    cluster: Cluster
+    name: str
+    _agents: dict[str, Agent] = field(default_factory=dict)
+
+    def dsn(self, user: str) -> str:
+        return self.cluster.dsn(self.name, user)
+
+    def url(self, user: str, driver: str = "postgresql+psycopg") -> str:
+        return self.cluster.url(self.name, user, driver)
+
+    def connect(self, user: str, **kwargs: Any) -> psycopg.Connection[Any]:
+        return self.cluster.connect(self.name, user, **kwargs)
+
+    def run(self, user: str, query: str, params: Any = None) -> list[tuple[Any, ...]]:
+        """One statement in its own transaction, as this login."""
+        with self.connect(user, autocommit=True) as connection:
+            cursor = connection.execute(query, params)
+            return cursor.fetchall() if cursor.description else []
+
+    def value(self, user: str, query: str, params: Any = None) -> Any:
+        return self.run(user, query, params)[0][0]
+
+    @property
+    def installation_id(self) -> uuid.UUID:
+        return self.value("installer", "select kakunin.installation_id()")
+
+    def agent(self, name: str = "agent", **certificate: Any) -> Agent:
+        """A new agent with a registered certificate; keyword arguments go to LocalCA.issue()."""
+        agent_id = self.value("registrar", "select kakunin.create_agent(%s)", [name])
+        signer = next(_signers)
+        issued = _ca().issue(agent_id, signer.public_key(), **certificate)
+        self.register(issued)
+        return Agent(self, issued, signer)
+
+    def register(self, issued: AgentCertificate) -> None:
+        self.run(
+            "registrar",
+            "select kakunin.register_certificate(%s, %s, %s, %s, %s, %s, %s)",
+            [
+                issued.agent_id, issued.der, issued.serial, issued.public_key_modulus,
+                issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc,
+                list(issued.permitted_actions),
+            ],
+        )  # fmt: skip
+
+    def ticket(self, agent: Agent, user: str) -> str:
+        return self.value(user, "select kakunin.open_session(%s)", [agent.assertion()])
+
+
+@dataclass
+class Agent:
+    database: Database
+    issued: AgentCertificate
+    signer: LocalSigner
+
+    @property
+    def agent_id(self) -> uuid.UUID:
+        return self.issued.agent_id
+
+    @property
+    def serial(self) -> str:
+        return self.issued.serial
+
+    @property
+    def credential(self) -> AgentCredential:
+        return AgentCredential(self.agent_id, self.serial, self.signer)
+
+    def assertion(self, lifetime: int = 60) -> str:
+        return self.credential.assertion(self.database.installation_id, lifetime)
+
+    def revoke(self) -> None:
+        self.database.run("operator", "select kakunin.revoke_certificate(%s)", [self.serial])
+
+    def suspend(self) -> None:
+        self.database.run("operator", "select kakunin.suspend_agent(%s, 'under review')", [self.agent_id])
+
+
+def _keys() -> Iterator[LocalSigner]:
+    """RSA keys are slow to make, and tests need distinct ones only among neighbours."""
+    keys = [LocalSigner.generate() for _ in range(6)]
+    return itertools.cycle(keys)
+
+
+class _LazySigners:
+    def __init__(self) -> None:
+        self._keys: Iterator[LocalSigner] | None = None
+
+    def __next__(self) -> LocalSigner:
+        if self._keys is None:
+            self._keys = _keys()
+        return next(self._keys)
+
+
+_signers = _LazySigners()
+_authority: list[LocalCA] = []
+
+
+def _ca() -> LocalCA:
+    if not _authority:
+        _authority.append(LocalCA.create())
+    return _authority[0]
+
+
+@contextlib.contextmanager
+def fresh_database(cluster: Cluster, template: str = "kit_template") -> Iterator[Database]:
+    name = f"db_{next(_names)}"
+    with cluster.connect(autocommit=True) as admin:
+        admin.execute(f"create database {name} template {template}")
+        admin.execute(f"grant create on database {name} to installer")
+    database = Database(cluster, name)
+    with cluster.connect(name, autocommit=True) as admin:
+        admin.execute("grant create on schema public to public")
+    try:
+        yield database
+    finally:
+        with cluster.connect(autocommit=True) as admin:
+            admin.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="module")
+def database(cluster: Cluster) -> Iterator[Database]:
+    with fresh_database(cluster) as database:
+        yield database
+
+
+@dataclass
+class Vault:
+    """A protected table `vault` owned by app: two rows each of `one` and `two`, one row of nobody."""
+
+    database: Database
+    one: Agent
+    two: Agent
+
+
+@pytest.fixture
+def vault(database: Database) -> Iterator[Vault]:
+    one = database.agent("one", permitted_actions=["vault:read", "orders:*"])
+    two = database.agent("two", permitted_actions=["vault:read"])
+    with database.connect("app", autocommit=True) as app:
+        app.execute(
+            "create table vault (id int generated always as identity primary key,"
+            " permitted_agent_serial text, content text)"
+        )
+        app.execute("create index on vault (permitted_agent_serial)")
+        app.execute(
+            "insert into vault (permitted_agent_serial, content) values"
+            " (%(one)s, 'one-a'), (%(one)s, 'one-b'), (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
+            {"one": one.serial, "two": two.serial},
+        )
+        app.execute("select kakunin.protect('vault')")
+        app.execute("grant all on vault to kakunin_agent, kakunin_gateway")
+        app.execute("revoke truncate, trigger, references on vault from kakunin_agent, kakunin_gateway")
+        yield Vault(database, one, two)
+        app.execute("drop table vault cascade")
