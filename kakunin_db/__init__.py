@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .binding import bind_agent_session
 from .ca import AgentCertificate, LocalCA
 from .credential import AgentCredential
 from .errors import (
@@ -37,5 +38,6 @@ __all__ = [
     "Signer",
     "SpendLimitError",
     "UnknownCertificateError",
+    "bind_agent_session",
     "normalize_serial",
 ]

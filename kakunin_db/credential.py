@@ -13,6 +13,7 @@ from .ca import agent_urn
 from .errors import BadInputError
 from .serials import normalize_serial
 from .signers import Signer
+from .tickets import TicketCache
 
 _MAX_LIFETIME = 300
 
@@ -27,6 +28,8 @@ class AgentCredential:
     ``installation_id`` pins the database the agent means to talk to, and should come from configuration:
     without it the credential trusts the id that the first database names and keeps to that one, so a
     false server met first could pass an assertion on.
+
+    Keep one for the life of the agent: it holds the tickets its sessions were given.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class AgentCredential:
             raise BadInputError("agent_id and installation_id are UUIDs") from error
         self.serial = normalize_serial(serial)
         self.signer = signer
+        self.tickets = TicketCache()
 
     def assertion(self, installation_id: uuid.UUID | str, lifetime: int = 60) -> str:
         """A JWT (RFC 7523, RS256) for one exchange at this installation, good for ``lifetime`` seconds."""

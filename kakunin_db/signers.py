@@ -61,7 +61,7 @@ class LocalSigner:
 
     @classmethod
     def load(cls, path: str | Path, password: bytes) -> LocalSigner:
-        """Reads what :meth:`save` wrote. Raises :class:`BadInputError` for another kind of file or password."""
+        """Reads what :meth:`save` wrote. Raises :class:`BadInputError` for another file or password."""
         try:
             key = serialization.load_pem_private_key(Path(path).read_bytes(), password)
         except (ValueError, TypeError) as error:
@@ -71,7 +71,7 @@ class LocalSigner:
         return cls(key)
 
     def save(self, path: str | Path, password: bytes) -> None:
-        """Writes the key as encrypted PKCS #8 PEM, readable by this user only; never over an existing file."""
+        """Writes encrypted PKCS #8 PEM, readable by this user only; never over an existing file."""
         if not password:
             raise BadInputError("a key is not saved without a password")
         pem = self._key.private_bytes(

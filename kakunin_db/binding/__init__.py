@@ -1,0 +1,104 @@
+"""``bind_agent_session``: the one name application code uses."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import TYPE_CHECKING, Any, overload
+
+import psycopg
+from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from ..credential import AgentCredential
+from ..errors import BadInputError
+from . import psycopg_, sqlalchemy_
+from .bearer import Bearer
+
+if TYPE_CHECKING:
+    from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+__all__ = ["bind_agent_session"]
+
+_Who = AgentCredential | str
+
+
+@overload
+def bind_agent_session(
+    client: psycopg.Connection[Any], credential_or_serial: _Who
+) -> AbstractContextManager[psycopg.Connection[Any]]: ...
+@overload
+def bind_agent_session(
+    client: psycopg.AsyncConnection[Any], credential_or_serial: _Who
+) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]: ...
+@overload
+def bind_agent_session(
+    client: ConnectionPool[Any], credential_or_serial: _Who
+) -> AbstractContextManager[psycopg.Connection[Any]]: ...
+@overload
+def bind_agent_session(
+    client: AsyncConnectionPool[Any], credential_or_serial: _Who
+) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]: ...
+@overload
+def bind_agent_session(
+    client: Connection | Engine, credential_or_serial: _Who
+) -> AbstractContextManager[Connection]: ...
+@overload
+def bind_agent_session(
+    client: AsyncConnection | AsyncEngine, credential_or_serial: _Who
+) -> AbstractAsyncContextManager[AsyncConnection]: ...
+@overload
+def bind_agent_session(
+    client: Session | sessionmaker[Any], credential_or_serial: _Who
+) -> AbstractContextManager[Session]: ...
+@overload
+def bind_agent_session(
+    client: AsyncSession | async_sessionmaker[Any], credential_or_serial: _Who
+) -> AbstractAsyncContextManager[AsyncSession]: ...
+def bind_agent_session(client: Any, credential_or_serial: _Who) -> Any:
+    """Binds every transaction on ``client`` to an agent's certificate, for as long as the block lasts.
+
+    A connection or session is given back as it came; a pool, engine or sessionmaker lends one for the
+    block. ``async with`` for the asynchronous kinds. The binding is renewed with each transaction, tickets
+    before they expire, and nothing of it is left when the block ends, whichever way it ends.
+
+    With an :class:`AgentCredential` the agent's key proves who it is. With a serial, the login must hold
+    ``kakunin_gateway``, and the database takes the caller's word for it: only for server code that has
+    verified its caller and sends no SQL an agent wrote.
+
+    On a psycopg connection in autocommit mode the binding is the session's until its ticket expires;
+    never use that through a pooler in transaction mode.
+
+    Raises the errors of :mod:`kakunin_db.errors`: when a transaction begins that cannot be bound
+    (``UnknownCertificateError``, ``CertificateRevokedError``, ``CertificateValidityError``,
+    ``CredentialRejectedError``, ``AgentSuspendedError``), ``BadInputError`` for a client it cannot bind,
+    and, in place of the driver's, any of the kit's that leaves the block.
+    """
+    bearer = Bearer(credential_or_serial)
+    # Not imported unless the caller has: the pool is an extra.
+    pool = sys.modules.get("psycopg_pool")
+    binders: list[tuple[Any, Any]] = [
+        (psycopg.Connection, psycopg_.Binding),
+        (psycopg.AsyncConnection, psycopg_.AsyncBinding),
+        (Connection, sqlalchemy_.bind_connection),
+        (AsyncConnection, sqlalchemy_.bind_async_connection),
+        (Engine, sqlalchemy_.bind_engine),
+        (AsyncEngine, sqlalchemy_.bind_async_engine),
+        (Session, sqlalchemy_.bind_session),
+        (AsyncSession, sqlalchemy_.bind_async_session),
+        (sessionmaker, sqlalchemy_.bind_sessionmaker),
+        (async_sessionmaker, sqlalchemy_.bind_async_sessionmaker),
+    ]
+    if pool is not None:
+        binders += [
+            (pool.ConnectionPool, psycopg_.bind_pool),
+            (pool.AsyncConnectionPool, psycopg_.bind_async_pool),
+        ]
+    for kind, binder in binders:
+        if isinstance(client, kind):
+            return binder(client, bearer)
+    raise BadInputError(
+        f"cannot bind a {type(client).__module__}.{type(client).__qualname__}",
+        "Give psycopg's connection or pool, or SQLAlchemy's Connection, Engine, Session or sessionmaker.",
+    )

@@ -1,0 +1,119 @@
+"""The bearer of a binding: who a session is bound for, and the steps that get and use a ticket.
+
+Steps are written once, as generators that yield what is to be done and are sent the outcome. Each
+driver's module has a runner that does them (see core.py).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..credential import AgentCredential
+from ..errors import CredentialRejectedError
+from ..serials import normalize_serial
+from ..tickets import Ticket
+
+INSTALLATION: Final = "select kakunin.installation_id()"
+OPEN: Final = "select kakunin.open_session(%s)"
+BIND_TICKET: Final = "select kakunin.bind_session(%s)"
+BIND_TICKET_TO_SESSION: Final = "select kakunin.bind_session(%s, false)"
+BIND_SERIAL: Final = "select kakunin.bind_serial(%s)"
+UNBIND: Final = "select kakunin.unbind_session()"
+
+# A ticket is renewed once this much of its life is over, so that none expires between being sent and
+# being checked.
+_RENEW_AFTER = 0.8
+
+
+@dataclass(frozen=True)
+class Query:
+    """One statement giving one value; its parameter travels bound, never in the statement's text."""
+
+    sql: str
+    parameter: str | None = None
+    # The first statement of a transaction: it can share BEGIN's round trip, for its value is not wanted.
+    with_begin: bool = False
+
+
+@dataclass(frozen=True)
+class SetAutocommit:
+    value: bool
+
+
+@dataclass(frozen=True)
+class Rollback:
+    pass
+
+
+Step = Query | SetAutocommit | Rollback | Callable[[], str]
+Steps = Generator[Step, Any, None]
+
+
+class Bearer:
+    """Who a session is bound for: an agent's credential, or a serial on a gateway's word."""
+
+    def __init__(self, credential_or_serial: AgentCredential | str) -> None:
+        if isinstance(credential_or_serial, AgentCredential):
+            self.credential: AgentCredential | None = credential_or_serial
+            self.serial = credential_or_serial.serial
+        else:
+            self.credential = None
+            self.serial = normalize_serial(credential_or_serial)
+
+    def cached(self, address: str, login: str) -> Ticket | None:
+        return None if self.credential is None else self.credential.tickets.get(address, login)
+
+    def open(self, address: str, login: str) -> Steps:
+        """The steps that leave a fresh ticket in the cache; none for a gateway's serial.
+
+        Raises CredentialRejectedError when the database is not the installation the credential is for.
+        """
+        credential = self.credential
+        if credential is None or self.cached(address, login) is not None:
+            return
+        cache = credential.tickets
+        installation = cache.installation(address)
+        if installation is None:
+            installation = uuid.UUID(str((yield Query(INSTALLATION))))
+            if credential.installation_id is None:
+                credential.installation_id = installation
+            elif credential.installation_id != installation:
+                raise CredentialRejectedError(
+                    f"this database is installation {installation}, and the credential is for "
+                    f"{credential.installation_id}",
+                    "Connect to the right database, or make a credential for this one.",
+                )
+            cache.put_installation(address, installation)
+            if self.cached(address, login) is not None:  # opened through another host of this installation
+                return
+        started = time.monotonic()
+        # A callable, because signing may wait for a KMS and must not hold up an event loop.
+        for_here = installation
+        assertion = yield lambda: credential.assertion(for_here)
+        text = yield Query(OPEN, assertion)
+        _, _, _, issued, expires, _ = text.split(".")
+        lifetime = int(expires) - int(issued)  # both by the server's clock, so the client's may be off
+        cache.put(installation, login, Ticket(text, started + lifetime * _RENEW_AFTER))
+
+    def bind(self, address: str, login: str, *, to_session: bool = False, with_begin: bool = False) -> Query:
+        """The statement that binds; a ticket must be in the cache."""
+        if self.credential is None:
+            return Query(BIND_SERIAL, self.serial, with_begin)
+        ticket = self.cached(address, login)
+        if ticket is None:
+            raise CredentialRejectedError(
+                "the ticket is too short-lived to bind with",
+                "The certificate is about to expire: certify the agent anew.",
+            )
+        return Query(BIND_TICKET_TO_SESSION if to_session else BIND_TICKET, ticket.text, with_begin)
+
+    def forget(self, query: Query) -> bool:
+        """Drops a ticket the server refused; True where a new one may do better."""
+        if self.credential is None or query.parameter is None:
+            return False
+        self.credential.tickets.drop(query.parameter)
+        return True

@@ -1,0 +1,371 @@
+"""Binding psycopg connections and pools.
+
+A connection's transactions begin in three ways, and each is met at a public place: with a statement of a
+cursor that the connection makes (``cursor_factory`` and ``server_cursor_factory``), with
+``conn.transaction()``, and, on an autocommit connection, with every statement by itself.
+
+BEGIN and the statement that binds travel together in pipeline mode, so that a bound transaction takes no
+more round trips than an unbound one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.rows import tuple_row
+
+from ..errors import BadInputError, named
+from .bearer import Bearer, Query, Rollback, SetAutocommit, Steps
+from .core import Core
+
+_AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
+
+
+class PsycopgChannel:
+    """A psycopg connection of either kind, as core.Channel."""
+
+    def __init__(self, connection: _AnyConnection) -> None:
+        self.connection = connection
+        info = connection.info
+        self.login = info.user
+        self.address = f"{info.host}:{info.port}/{info.dbname}"
+
+    @property
+    def _status(self) -> int:
+        return self.connection.pgconn.transaction_status
+
+    @property
+    def idle(self) -> bool:
+        return self._status == pq.TransactionStatus.IDLE
+
+    @property
+    def failed(self) -> bool:
+        return self._status == pq.TransactionStatus.INERROR
+
+    @property
+    def closed(self) -> bool:
+        return self.connection.closed or self._status == pq.TransactionStatus.UNKNOWN
+
+    @property
+    def autocommit(self) -> bool:
+        return self.connection.autocommit
+
+    @property
+    def pipelining(self) -> bool:
+        return self.connection.pgconn.pipeline_status != pq.PipelineStatus.OFF
+
+
+def _raise(error: psycopg.Error) -> BaseException:
+    """The kit's error for a driver's, chained to it; the driver's own where it is none of the kit's."""
+    ours = named(error)
+    if ours is None:
+        return error
+    ours.__cause__ = error
+    return ours
+
+
+def _arguments(query: Query) -> tuple[bytes, tuple[str, ...]]:
+    return query.sql.encode(), () if query.parameter is None else (query.parameter,)
+
+
+def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
+    """Performs steps on a connection. Raises the kit's errors, or psycopg's."""
+    channel = PsycopgChannel(connection)
+
+    def perform(step: Any) -> Any:
+        if isinstance(step, SetAutocommit):
+            connection.autocommit = step.value
+        elif isinstance(step, Rollback):
+            # Inside conn.transaction() psycopg forbids it, and that block rolls back by itself.
+            with contextlib.suppress(psycopg.ProgrammingError):
+                connection.rollback()
+        elif isinstance(step, Query):
+            # psycopg's own cursor, not the connection's class: that one is hooked, and might put the
+            # parameter into the statement's text, where pg_stat_activity shows it.
+            cursor = psycopg.Cursor(connection, row_factory=tuple_row)
+            if step.with_begin and not channel.pipelining and psycopg.Pipeline.is_supported():
+                with connection.pipeline():
+                    cursor.execute(*_arguments(step))
+            else:
+                cursor.execute(*_arguments(step))
+                # In the caller's pipeline nobody waits: an error reaches the caller's next statement.
+                if not (step.with_begin and channel.pipelining):
+                    row = cursor.fetchone()
+                    return None if row is None else row[0]
+        else:
+            return step()
+        return None
+
+    try:
+        step = next(steps)
+        while True:
+            try:
+                outcome = perform(step)
+            except psycopg.Error as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(outcome)
+    except StopIteration:
+        return
+    except psycopg.Error as error:
+        raise _raise(error)  # noqa: B904 - _raise() has chained it
+
+
+async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> None:
+    """run() for an asynchronous connection; signing, which may wait for a KMS, happens in a thread."""
+    channel = PsycopgChannel(connection)
+
+    async def perform(step: Any) -> Any:
+        if isinstance(step, SetAutocommit):
+            await connection.set_autocommit(step.value)
+        elif isinstance(step, Rollback):
+            with contextlib.suppress(psycopg.ProgrammingError):
+                await connection.rollback()
+        elif isinstance(step, Query):
+            cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
+            if step.with_begin and not channel.pipelining and psycopg.Pipeline.is_supported():
+                async with connection.pipeline():
+                    await cursor.execute(*_arguments(step))
+            else:
+                await cursor.execute(*_arguments(step))
+                if not (step.with_begin and channel.pipelining):
+                    row = await cursor.fetchone()
+                    return None if row is None else row[0]
+        else:
+            return await asyncio.to_thread(step)
+        return None
+
+    try:
+        step = next(steps)
+        while True:
+            try:
+                outcome = await perform(step)
+            except psycopg.Error as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(outcome)
+    except StopIteration:
+        return
+    except psycopg.Error as error:
+        raise _raise(error)  # noqa: B904
+
+
+class _Hooks:
+    """Puts the binding between a connection and its statements, and takes it out again."""
+
+    def __init__(self, connection: Any, bearer: Bearer) -> None:
+        self.connection = connection
+        self.channel = PsycopgChannel(connection)
+        self.core = Core(self.channel, bearer)
+        self.ended = False
+
+    def install(self) -> None:
+        connection = self.connection
+        if getattr(connection, "_kakunin_binding", None) is not None:
+            raise BadInputError(
+                "this connection is bound already",
+                "End the first bind_agent_session() before another, or use a second connection.",
+            )
+        if self.channel.failed:
+            raise BadInputError(
+                "the connection is in a failed transaction, and nothing can be bound in it",
+                "Roll back first.",
+            )
+        self._factories = (connection.cursor_factory, connection.server_cursor_factory)
+        connection.cursor_factory = self._hooked(connection.cursor_factory)
+        connection.server_cursor_factory = self._hooked(connection.server_cursor_factory)
+        self._transaction = connection.transaction
+        connection.transaction = self.transaction  # on the instance, over the class's method
+        connection._kakunin_binding = self
+
+    def uninstall(self) -> None:
+        connection = self.connection
+        connection.cursor_factory, connection.server_cursor_factory = self._factories
+        del connection.transaction
+        del connection._kakunin_binding
+
+    def _hooked(self, factory: Any) -> Any:
+        raise NotImplementedError
+
+    def transaction(self, savepoint_name: str | None = None, force_rollback: bool = False) -> Any:
+        raise NotImplementedError
+
+
+class Binding(_Hooks):
+    """bind_agent_session() for a psycopg Connection."""
+
+    def __enter__(self) -> Any:
+        self.install()
+        try:
+            if not self.channel.idle:
+                run(self.connection, self.core.bind_here())
+        except BaseException:
+            self.uninstall()
+            raise
+        return self.connection
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended = True
+        try:
+            run(self.connection, self.core.leave())
+        except BaseException:
+            self.connection.close()  # better no connection than one that may still be bound
+            if error is None:
+                raise
+        if self.core.settled:
+            self.uninstall()
+        if isinstance(error, psycopg.Error) and named(error) is not None:
+            raise _raise(error)
+
+    def before_statement(self) -> None:
+        if not self.ended:
+            run(self.connection, self.core.before_statement())
+        elif self.channel.idle:
+            run(self.connection, self.core.leave())
+            self.uninstall()
+
+    @contextlib.contextmanager
+    def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> Iterator[psycopg.Transaction]:
+        outermost = self.channel.idle and not self.ended
+        if self.ended:
+            self.before_statement()
+        if outermost:
+            run(self.connection, self.core.refresh())
+        with self._transaction(savepoint_name, force_rollback) as transaction:
+            if not outermost:
+                yield transaction
+                return
+            run(self.connection, self.core.bind_here())
+            self.core.in_block = True
+            try:
+                yield transaction
+            finally:
+                self.core.in_block = False
+
+    def _hooked(self, factory: Any) -> Any:
+        binding = self
+
+        def execute(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+            binding.before_statement()
+            return factory.execute(cursor, *args, **kwargs)
+
+        def executemany(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+            binding.before_statement()
+            return factory.executemany(cursor, *args, **kwargs)
+
+        def stream(cursor: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            binding.before_statement()
+            yield from factory.stream(cursor, *args, **kwargs)
+
+        @contextlib.contextmanager
+        def copy(cursor: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            binding.before_statement()
+            with factory.copy(cursor, *args, **kwargs) as copying:
+                yield copying
+
+        members = {"execute": execute, "executemany": executemany, "stream": stream, "copy": copy}
+        return type(factory.__name__, (factory,), {k: v for k, v in members.items() if hasattr(factory, k)})
+
+
+class AsyncBinding(_Hooks):
+    """bind_agent_session() for a psycopg AsyncConnection."""
+
+    async def __aenter__(self) -> Any:
+        self.install()
+        try:
+            if not self.channel.idle:
+                await run_async(self.connection, self.core.bind_here())
+        except BaseException:
+            self.uninstall()
+            raise
+        return self.connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended = True
+        try:
+            await run_async(self.connection, self.core.leave())
+        except BaseException:
+            await self.connection.close()
+            if error is None:
+                raise
+        if self.core.settled:
+            self.uninstall()
+        if isinstance(error, psycopg.Error) and named(error) is not None:
+            raise _raise(error)
+
+    async def before_statement(self) -> None:
+        if not self.ended:
+            await run_async(self.connection, self.core.before_statement())
+        elif self.channel.idle:
+            await run_async(self.connection, self.core.leave())
+            self.uninstall()
+
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncIterator[psycopg.AsyncTransaction]:
+        outermost = self.channel.idle and not self.ended
+        if self.ended:
+            await self.before_statement()
+        if outermost:
+            await run_async(self.connection, self.core.refresh())
+        async with self._transaction(savepoint_name, force_rollback) as transaction:
+            if not outermost:
+                yield transaction
+                return
+            await run_async(self.connection, self.core.bind_here())
+            self.core.in_block = True
+            try:
+                yield transaction
+            finally:
+                self.core.in_block = False
+
+    def _hooked(self, factory: Any) -> Any:
+        binding = self
+
+        async def execute(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+            await binding.before_statement()
+            return await factory.execute(cursor, *args, **kwargs)
+
+        async def executemany(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+            await binding.before_statement()
+            return await factory.executemany(cursor, *args, **kwargs)
+
+        async def stream(cursor: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            await binding.before_statement()
+            async for row in factory.stream(cursor, *args, **kwargs):
+                yield row
+
+        @contextlib.asynccontextmanager
+        async def copy(cursor: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            await binding.before_statement()
+            async with factory.copy(cursor, *args, **kwargs) as copying:
+                yield copying
+
+        members = {"execute": execute, "executemany": executemany, "stream": stream, "copy": copy}
+        return type(factory.__name__, (factory,), {k: v for k, v in members.items() if hasattr(factory, k)})
+
+
+@contextlib.contextmanager
+def bind_pool(pool: Any, bearer: Bearer) -> Iterator[psycopg.Connection[Any]]:
+    """A connection of the pool, bound; it goes back unbound when the block ends."""
+    with pool.connection() as connection, Binding(connection, bearer):
+        yield connection
+
+
+@contextlib.asynccontextmanager
+async def bind_async_pool(pool: Any, bearer: Bearer) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async with pool.connection() as connection, AsyncBinding(connection, bearer):
+        yield connection

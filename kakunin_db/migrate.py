@@ -1,0 +1,156 @@
+"""Installing the kit, bringing it to another revision, and taking it away.
+
+Alembic does it underneath, with the environment in ``migrations/``; ``alembic upgrade head`` in a checkout
+is the same thing. A run is one transaction: it happens whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import psycopg
+from alembic import command, op
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from psycopg import conninfo
+from sqlalchemy.exc import DBAPIError
+
+from . import resources
+from .errors import BadInputError, named
+
+_log = logging.getLogger(__name__)
+
+
+class Change(NamedTuple):
+    """What a run did: the revision before and after it, None for a database without the kit."""
+
+    before: str | None
+    after: str | None
+
+
+def migrate(dsn: str, revision: str = "head", *, on_notice: Callable[[str], None] | None = None) -> Change:
+    """Takes a database to a revision, by default the newest. Does nothing where it is there already.
+
+    :param dsn: libpq's form (``host=... dbname=...``) or a URL; ``postgresql+psycopg://`` is a URL too.
+    :param on_notice: receives the text of each notice of the server; without it they are logged.
+    :raises BadInputError: the DSN cannot be read.
+    :raises psycopg.Error: what the server refuses, or no connection. The database is as it was.
+    :raises alembic.util.CommandError: no such revision.
+    """
+    return _run(command.upgrade, dsn, revision, on_notice)
+
+
+def downgrade(dsn: str, revision: str = "base", *, on_notice: Callable[[str], None] | None = None) -> Change:
+    """Takes a database back to an earlier revision. ``base`` removes the kit **and all its data**.
+
+    Roles that somebody else uses stay, and a notice says why. Arguments are those of :func:`migrate`.
+
+    :raises BadInputError: objects outside the kit's schemas still use it. Nothing was changed.
+    """
+    return _run(command.downgrade, dsn, revision, on_notice)
+
+
+def migrate_sql(revision: str = "head") -> str:
+    """The script of :func:`migrate` for ``psql``. ``<from>:<to>`` starts at a revision other than base."""
+    output = io.StringIO()
+    command.upgrade(_config(output), revision, sql=True)
+    return output.getvalue()
+
+
+def downgrade_sql(revision: str = "base") -> str:
+    """The script of :func:`downgrade` for ``psql``. ``<from>:<to>`` starts elsewhere than at the newest."""
+    output = io.StringIO()
+    config = _config(output)
+    if ":" not in revision:
+        revision = f"{ScriptDirectory.from_config(config).get_current_head()}:{revision}"
+    command.downgrade(config, revision, sql=True)
+    return output.getvalue()
+
+
+def _config(output: io.StringIO | None = None) -> Config:
+    config = Config(output_buffer=output) if output else Config()
+    # Alembic interpolates %(...)s, and a folder may have a percent sign in its name.
+    config.set_main_option("script_location", str(resources.migrations_dir()).replace("%", "%%"))
+    return config
+
+
+def _run(
+    step: Callable[[Config, str], None], dsn: str, revision: str, on_notice: Callable[[str], None] | None
+) -> Change:
+    config = _config()
+    # Not as sqlalchemy.url: a DSN is no URL, and its percent signs are not to be interpolated.
+    config.attributes.update(dsn=check_dsn(dsn), on_notice=on_notice or _log.info)
+    try:
+        step(config, revision)
+    except (psycopg.Error, DBAPIError) as error:
+        refused = named(error)
+        if refused:
+            raise refused from error
+        if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.Error):
+            raise error.orig from None
+        raise
+    return Change(_only(config.attributes["before"]), _only(config.attributes["after"]))
+
+
+def _only(heads: tuple[str, ...]) -> str | None:
+    return ", ".join(sorted(heads)) or None
+
+
+# For migrations/env.py and the revisions ------------------------------------------------------------
+
+
+def check_dsn(dsn: str) -> str:
+    """The DSN in the form libpq reads.
+
+    :raises BadInputError: libpq would not read it, or not as it is meant. The message never quotes it,
+        because a password that is not escaped ends up in any of its parts.
+    """
+    scheme, separator, rest = dsn.partition("://")
+    if separator and scheme.split("+")[0] in ("postgresql", "postgres"):
+        dsn = f"postgresql://{rest}"
+    refusal = BadInputError(
+        "the DSN is neither a libpq connection string nor a URL",
+        "In a URL write special characters of a password as %40, %2F and so on; else put it in quotes.",
+    )
+    try:
+        parts = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        raise refusal from None
+    port, host, dbname = (str(parts.get(name) or "") for name in ("port", "host", "dbname"))
+    # An unescaped @ or / in a password, and libpq takes the rest of it for one of these.
+    if port.strip("0123456789,") or "@" in host.removeprefix("@") + dbname:  # @name is an abstract socket
+        raise refusal
+    return dsn
+
+
+def connect(dsn: str, on_notice: Callable[[str], None] | None = None) -> psycopg.Connection[Any]:
+    """A connection that hands the server's notices on, by default to the log."""
+    connection = psycopg.connect(check_dsn(dsn), fallback_application_name="kakunin-db migrate")
+    receive = on_notice or _log.info
+    connection.add_notice_handler(lambda diagnostic: receive(diagnostic.message_primary or ""))
+    return connection
+
+
+def run_text(context: MigrationContext, text: str) -> None:
+    """Runs SQL exactly as it is written, or prints it in offline mode.
+
+    Neither goes through SQLAlchemy's text(), to which ``:name`` is a parameter, nor through parameter
+    processing of the driver, to which ``%`` is one.
+    """
+    if context.as_sql:
+        context.impl.static_output(text)
+    else:
+        assert context.connection is not None  # noqa: S101  (Alembic's type is optional for offline mode)
+        driver: psycopg.Connection[Any] = context.connection.connection.driver_connection  # type: ignore[assignment]
+        driver.execute(text.encode(), prepare=False)
+
+
+def run_file(revision_file: str, direction: Literal["up", "down"]) -> None:
+    """Runs the frozen SQL that lies beside a revision's Python file."""
+    path = Path(revision_file).with_suffix(f".{direction}.sql")
+    run_text(op.get_context(), path.read_text(encoding="utf-8"))
