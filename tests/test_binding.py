@@ -508,3 +508,14 @@ def test_a_pinned_installation_is_kept_to(vault: Vault) -> None:
     pinned = AgentCredential(one.agent_id, one.serial, one.signer, vault.database.installation_id)
     with vault.database.connect("pooled") as connection, bind_agent_session(connection, pinned):
         assert len(connection.execute("select from vault").fetchall()) == 2
+
+
+def test_a_server_that_goes_away_is_an_error_and_not_a_hang(vault: Vault) -> None:
+    with vault.database.connect("pooled") as connection:
+        with pytest.raises(psycopg.OperationalError), bind_agent_session(connection, vault.one.credential):
+            connection.execute("select 1")
+            connection.rollback()
+            pid = connection.info.backend_pid
+            vault.database.run("postgres", "select pg_terminate_backend(%s, 10000)", [pid])
+            connection.execute("select 1")
+        assert connection.closed

@@ -4,8 +4,8 @@ A connection's transactions begin in three ways, and each is met at a public pla
 cursor that the connection makes (``cursor_factory`` and ``server_cursor_factory``), with
 ``conn.transaction()``, and, on an autocommit connection, with every statement by itself.
 
-BEGIN and the statement that binds travel together in pipeline mode, so that a bound transaction takes no
-more round trips than an unbound one.
+BEGIN and the statement that binds travel together in libpq's pipeline mode, so that a bound transaction
+takes no more round trips than an unbound one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 
 import psycopg
 from psycopg import pq
+from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
+from psycopg.waiting import Wait
 
 from ..errors import BadInputError, named
 from .bearer import Bearer, Query, Rollback, SetAutocommit, Steps
@@ -60,6 +62,11 @@ class PsycopgChannel:
     def pipelining(self) -> bool:
         return self.connection.pgconn.pipeline_status != pq.PipelineStatus.OFF
 
+    @property
+    def can_begin(self) -> bool:
+        """Whether _begin_and() may be used."""
+        return self.idle and not self.autocommit and not self.pipelining and psycopg.Pipeline.is_supported()
+
 
 def _raise(error: psycopg.Error) -> BaseException:
     """The kit's error for a driver's, chained to it; the driver's own where it is none of the kit's."""
@@ -72,6 +79,46 @@ def _raise(error: psycopg.Error) -> BaseException:
 
 def _arguments(query: Query) -> tuple[bytes, tuple[str, ...]]:
     return query.sql.encode(), () if query.parameter is None else (query.parameter,)
+
+
+def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[None]:
+    """Sends BEGIN and the query together and waits once; for connection.wait().
+
+    psycopg's own pipeline waits for the BEGIN it adds, so this one is made of libpq's calls. BEGIN says
+    what psycopg's would: the connection's isolation level, read_only and deferrable.
+    """
+    begin = ["BEGIN"]
+    if connection.isolation_level is not None:
+        begin.append("ISOLATION LEVEL " + connection.isolation_level.name.replace("_", " "))
+    if connection.read_only is not None:
+        begin.append("READ ONLY" if connection.read_only else "READ WRITE")
+    if connection.deferrable is not None:
+        begin.append("DEFERRABLE" if connection.deferrable else "NOT DEFERRABLE")
+    sql, parameters = _arguments(query)
+    pgconn = connection.pgconn
+    refusal: psycopg.Error | None = None
+    pgconn.enter_pipeline_mode()
+    pgconn.send_query_params(" ".join(begin).encode(), None)
+    pgconn.send_query_params(sql.replace(b"%s", b"$1"), [p.encode() for p in parameters])
+    pgconn.pipeline_sync()
+    while pgconn.flush():
+        yield Wait.W
+    while True:
+        while pgconn.is_busy():
+            yield Wait.R
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:  # between the results of two statements
+            if pgconn.status == pq.ConnStatus.BAD:
+                raise psycopg.OperationalError("the connection was lost while beginning a transaction")
+            continue
+        if result.status == pq.ExecStatus.PIPELINE_SYNC:
+            break
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            refusal = psycopg.errors.error_from_result(result)
+    pgconn.exit_pipeline_mode()
+    if refusal is not None:
+        raise refusal
 
 
 def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
@@ -89,9 +136,9 @@ def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
             # psycopg's own cursor, not the connection's class: that one is hooked, and might put the
             # parameter into the statement's text, where pg_stat_activity shows it.
             cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-            if step.with_begin and not channel.pipelining and psycopg.Pipeline.is_supported():
-                with connection.pipeline():
-                    cursor.execute(*_arguments(step))
+            if step.with_begin and channel.can_begin:
+                with connection.lock:
+                    connection.wait(_begin_and(connection, step))
             else:
                 cursor.execute(*_arguments(step))
                 # In the caller's pipeline nobody waits: an error reaches the caller's next statement.
@@ -129,9 +176,9 @@ async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> N
                 await connection.rollback()
         elif isinstance(step, Query):
             cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
-            if step.with_begin and not channel.pipelining and psycopg.Pipeline.is_supported():
-                async with connection.pipeline():
-                    await cursor.execute(*_arguments(step))
+            if step.with_begin and channel.can_begin:
+                async with connection.lock:
+                    await connection.wait(_begin_and(connection, step))
             else:
                 await cursor.execute(*_arguments(step))
                 if not (step.with_begin and channel.pipelining):
