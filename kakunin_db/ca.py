@@ -7,16 +7,19 @@ An agent's certificate carries what the agent is and what it may do, in extensio
 from __future__ import annotations
 
 import datetime as dt
+import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import psycopg
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .errors import BadInputError
+from .errors import BadInputError, named
 from .serials import normalize_serial
 
 ARC = "1.3.6.1.4.1.61411.1"
@@ -71,6 +74,25 @@ class AgentCertificate:
         modulus = key.public_numbers().n
         return modulus.to_bytes((modulus.bit_length() + 7) // 8, "big")
 
+    def register(self, connection: psycopg.Connection[Any]) -> str:
+        """Registers it through ``kakunin.register_certificate()``, as a login with ``kakunin_registrar``, in
+        the connection's transaction; returns the serial. Raises BadInputError for what SQL refuses."""
+        certificate = self.certificate
+        fields = (
+            self.agent_id,
+            self.der,
+            self.serial,
+            self.public_key_modulus,
+            certificate.not_valid_before_utc,
+            certificate.not_valid_after_utc,
+            list(self.permitted_actions),
+        )
+        try:
+            connection.execute("select kakunin.register_certificate(%s, %s, %s, %s, %s, %s, %s)", fields)
+        except psycopg.Error as error:
+            raise named(error) or error from error
+        return self.serial
+
 
 class LocalCA:
     """A self-signed root with its key in memory."""
@@ -90,7 +112,7 @@ class LocalCA:
             .subject_name(subject)
             .issuer_name(subject)
             .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
+            .serial_number(_random_serial())
             .not_valid_before(now - _BACKDATE)
             .not_valid_after(now + days * _ONE_DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -121,7 +143,7 @@ class LocalCA:
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, str(agent_id))]))
             .issuer_name(self.certificate.subject)
             .public_key(public_key)
-            .serial_number(x509.random_serial_number())
+            .serial_number(_random_serial())
             .not_valid_before(start)
             .not_valid_after(start + lifetime)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -143,6 +165,11 @@ class LocalCA:
         if tenant is not None:
             builder = builder.add_extension(x509.UnrecognizedExtension(TENANT, _utf8(tenant)), critical=False)
         return AgentCertificate(builder.sign(self._key, hashes.SHA256()), agent_id, tuple(permitted_actions))
+
+
+def _random_serial() -> int:
+    """128 unpredictable bits, positive (RFC 5280 section 4.1.2.2)."""
+    return secrets.randbits(128) or 1
 
 
 def _key_usage(*, ca: bool) -> x509.KeyUsage:

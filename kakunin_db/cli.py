@@ -113,14 +113,15 @@ def _check(dsn: str) -> None:
 
 def _demo() -> int:
     try:
-        demo = importlib.import_module("kakunin_db.demo")
+        status: int | None = importlib.import_module("kakunin_db.demo").main()
     except ImportError as error:
+        # Its own extra's packages and psycopg's libpq; a name of ours that is missing is a bug.
         if (error.name or "").startswith("kakunin_db"):
             raise
         raise _Failed(
             f"the demo needs {error.name or error}", "Run: pip install 'kakunin-db[demo]'"
         ) from error
-    return demo.main() or 0
+    return status or 0
 
 
 if __name__ == "__main__":

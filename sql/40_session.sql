@@ -72,7 +72,16 @@ language sql stable strict parallel restricted
 return 'ticket|' || p_body || '|' || session_user;
 comment on function kakunin_private.ticket_context(text) is 'What a ticket''s MAC covers: its text and the login it was issued to';
 
--- Not STRICT: with its CASE that would keep the planner from inlining it.
+-- The next two are written to be inlined (plain parameters, not STRICT), so that a check is one statement
+-- in its caller. Both hash the two sides once more before comparing: that leaves no prefix to guess by timing.
+create function kakunin_private.ticket_is_genuine(p_ticket text, p_inner bytea, p_outer bytea) returns boolean
+language sql stable parallel restricted
+return sha256(convert_to(p_ticket, 'UTF8')) = sha256(convert_to(
+  left(p_ticket, -64) || kakunin_private.session_mac(
+    p_inner, p_outer, kakunin_private.ticket_context(left(p_ticket, -65))), 'UTF8'));
+comment on function kakunin_private.ticket_is_genuine(text, bytea, bytea) is
+  'Whether the key made this ticket for this login. Says nothing of its expiry';
+
 create function kakunin_private.binding_context(p_body text) returns text
 language sql stable parallel restricted
 return 'binding|' || p_body || '|' || pg_backend_pid() || '|'
@@ -80,6 +89,17 @@ return 'binding|' || p_body || '|' || pg_backend_pid() || '|'
   || '|' || session_user;
 comment on function kakunin_private.binding_context(text) is
   'What a binding''s MAC covers: its text, this backend, this transaction (or the session) and the login';
+
+create function kakunin_private.binding_is_genuine(p_binding text, p_inner bytea, p_outer bytea) returns boolean
+language sql volatile parallel restricted
+return sha256(convert_to(p_binding, 'UTF8')) = sha256(convert_to(
+    left(p_binding, -64) || kakunin_private.session_mac(
+      p_inner, p_outer, kakunin_private.binding_context(left(p_binding, -65))), 'UTF8'))
+  -- Behind the MAC, so only what we wrote is ever cast.
+  and case when split_part(p_binding, '|', 3) = 's'
+        then split_part(p_binding, '|', 4)::numeric > extract(epoch from kakunin_private.clock()) else true end;
+comment on function kakunin_private.binding_is_genuine(text, bytea, bytea) is
+  'Whether the key made this binding for this backend, login and transaction, and it has not expired';
 
 create function kakunin_private.new_session_key() returns void
 language plpgsql volatile parallel unsafe
@@ -155,7 +175,8 @@ as $$
 declare
   v_serial text;
 begin
-  if not exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
+  if p_claims is null or p_claims = ''
+    or not exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
     return null;
   end if;
   -- No EXCEPTION block: a policy may call this in parallel mode, where Postgres before 17 has no
@@ -167,61 +188,54 @@ $$;
 comment on function kakunin_private.serial_from_claims(text) is
   'The kakunin_cert_serial claim, where session_user is a configured gateway login; otherwise NULL';
 
+-- A binding is at most 250 characters; a longer one is refused before any work is spent on it.
 create function kakunin_private.bound_serial() returns text
 language plpgsql stable parallel restricted
 as $$
 declare
   v_binding text := current_setting('kakunin.session', true);
-  v_body    text;
-  v_claims  text;
 begin
-  if v_binding is null or v_binding = '' then
-    v_claims := current_setting('request.jwt.claims', true);
-    if v_claims is null or v_claims = '' then
-      return null;
-    end if;
-    return kakunin_private.serial_from_claims(v_claims);
+  if v_binding <> '' then
+    return (
+      select split_part(v_binding, '|', 2)
+        from kakunin_private.session_keys k
+       where octet_length(v_binding) <= 250
+         and k.key_id = split_part(v_binding, '|', 1)
+         and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+         and kakunin_private.binding_is_genuine(v_binding, k.inner_pad, k.outer_pad));
   end if;
-  -- Longer than any binding we make: refuse it before spending work on it.
-  if octet_length(v_binding) > 250 then
-    return null;
-  end if;
-  v_body := left(v_binding, -65);
-  -- Nothing of v_body is believed, or cast, before its MAC is found right. Hashing both sides once more
-  -- leaves no prefix to guess by timing.
-  perform from kakunin_private.session_keys k
-    where k.key_id = split_part(v_body, '|', 1)
-      and (k.valid_until is null or k.valid_until > kakunin_private.clock())
-      and sha256(convert_to(v_body || '|' || kakunin_private.session_mac(
-            k.inner_pad, k.outer_pad, kakunin_private.binding_context(v_body)), 'UTF8'))
-        = sha256(convert_to(v_binding, 'UTF8'));
-  if not found then
-    return null;
-  end if;
-  if split_part(v_body, '|', 3) = 's'
-    and extract(epoch from kakunin_private.clock()) >= split_part(v_body, '|', 4)::numeric then
-    return null;
-  end if;
-  return split_part(v_body, '|', 2);
+  return kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
 end
 $$;
 comment on function kakunin_private.bound_serial() is
   'The serial this session is bound to, whatever the state of the certificate; NULL without a binding that verifies';
 
+-- bound_serial() and is_usable() in one statement: every statement on a protected table pays for this one,
+-- and a second query inside it would double that.
 create function kakunin.current_cert_serial() returns text
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin_private.bound_serial();
+  v_binding text := current_setting('kakunin.session', true);
 begin
-  if v_serial is null then
-    return null;
+  if v_binding <> '' then
+    return (
+      select c.serial
+        from kakunin_private.session_keys k
+        join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
+        join kakunin_private.agents a on a.agent_id = c.agent_id
+       where octet_length(v_binding) <= 250
+         and k.key_id = split_part(v_binding, '|', 1)
+         and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+         and kakunin_private.binding_is_genuine(v_binding, k.inner_pad, k.outer_pad)
+         and kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after));
   end if;
   return (
     select c.serial
       from kakunin_private.certificates c
       join kakunin_private.agents a on a.agent_id = c.agent_id
-     where c.serial = v_serial and kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after));
+     where c.serial = kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true))
+       and kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after));
 end
 $$;
 comment on function kakunin.current_cert_serial() is
@@ -293,41 +307,6 @@ comment on function kakunin.require_scope(text) is
 
 -- Making a binding ----------------------------------------------------------------------------------
 
-create function kakunin_private.bind(p_serial text, p_expires numeric, p_is_local boolean) returns void
-language plpgsql volatile parallel unsafe
-as $$
-declare
-  v_key    record;
-  v_body   text;
-  v_claims text := current_setting('request.jwt.claims', true);
-  v_merged jsonb := jsonb_build_object('kakunin_cert_serial', p_serial);
-begin
-  select k.key_id, k.inner_pad, k.outer_pad,
-         kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after) as usable
-    into v_key
-    from kakunin_private.session_keys k
-    left join kakunin_private.certificates c on c.serial = p_serial
-    left join kakunin_private.agents a on a.agent_id = c.agent_id
-   where k.valid_until is null;
-  if v_key.usable is not true then
-    perform kakunin_private.check_certificate(p_serial);
-  end if;
-  v_body := v_key.key_id || '|' || p_serial || case when p_is_local then '|x|0' else '|s|' || p_expires end;
-  perform set_config('kakunin.session',
-    v_body || '|' || kakunin_private.session_mac(
-      v_key.inner_pad, v_key.outer_pad, kakunin_private.binding_context(v_body)),
-    p_is_local);
-  -- For policies that read the claim, as the product's first ones did; other claims of the transaction
-  -- are kept. On a direct connection such a policy can be forged: current_cert_serial() does not read this.
-  if p_is_local and v_claims <> '' then
-    v_merged := kakunin_private.claims_object(v_claims) || v_merged;
-  end if;
-  perform set_config('request.jwt.claims', v_merged::text, p_is_local);
-end
-$$;
-comment on function kakunin_private.bind(text, numeric, boolean) is
-  'Binds the session to a serial already proven, for the transaction or, not local, until p_expires';
-
 create function kakunin_private.claims_object(p_claims text) returns jsonb
 language plpgsql immutable strict parallel unsafe
 as $$
@@ -344,39 +323,68 @@ end
 $$;
 comment on function kakunin_private.claims_object(text) is 'The claims as an object; an empty one when the text is not a JSON object';
 
+-- For policies that read the claim, as the product's first ones did. Other claims of the transaction are
+-- kept. On a direct connection such a policy can be forged; current_cert_serial() does not read this there.
+create function kakunin_private.claims_with(p_claims text, p_serial text) returns text
+language sql stable parallel unsafe
+return case when p_claims <> '' then (kakunin_private.claims_object(p_claims)
+    || jsonb_build_object('kakunin_cert_serial', p_serial))::text
+  else '{"kakunin_cert_serial":"' || p_serial || '"}' end;
+comment on function kakunin_private.claims_with(text, text) is 'These claims, with kakunin_cert_serial set to the serial';
+
+-- Assignments, not PERFORM: an expression that reads no table is then evaluated without the cost of a
+-- statement, a third of the whole here.
+create function kakunin_private.bind(
+  p_key_id text, p_inner bytea, p_outer bytea, p_serial text, p_expires numeric, p_is_local boolean
+) returns text
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_body text := p_key_id || '|' || p_serial || case when p_is_local then '|x|0' else '|s|' || p_expires end;
+begin
+  v_body := set_config('kakunin.session',
+    v_body || '|' || kakunin_private.session_mac(p_inner, p_outer, kakunin_private.binding_context(v_body)), p_is_local);
+  v_body := set_config('request.jwt.claims',
+    kakunin_private.claims_with(case when p_is_local then current_setting('request.jwt.claims', true) end, p_serial), p_is_local);
+  return p_serial;
+end
+$$;
+comment on function kakunin_private.bind(text, bytea, bytea, text, numeric, boolean) is
+  'Binds to a serial already proven, for the transaction or, not local, until p_expires, with this session key; returns the serial';
+
 create function kakunin.bind_session(ticket text, is_local boolean default true) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_body text;
+  v_ticket text := ticket;
+  v_key    record;
 begin
-  if octet_length(bind_session.ticket) <= 250 then
-    v_body := left(bind_session.ticket, -65);
-    perform from kakunin_private.session_keys k
-      where k.key_id = split_part(v_body, '.', 2)
-        and (k.valid_until is null or k.valid_until > kakunin_private.clock())
-        and sha256(convert_to(v_body || '.' || kakunin_private.session_mac(
-              k.inner_pad, k.outer_pad, kakunin_private.ticket_context(v_body)), 'UTF8'))
-          = sha256(convert_to(bind_session.ticket, 'UTF8'));
-    if not found then
-      v_body := null;
-    end if;
-  end if;
-  if v_body is null then
+  -- The key and the certificate in one statement, for this runs in every transaction.
+  select k.key_id, k.inner_pad, k.outer_pad, c.serial, split_part(v_ticket, '.', 5)::numeric as expires,
+         kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after) as usable
+    into v_key
+    from kakunin_private.session_keys k
+    join kakunin_private.certificates c on c.serial = split_part(v_ticket, '.', 3)
+    join kakunin_private.agents a on a.agent_id = c.agent_id
+   where octet_length(v_ticket) <= 250
+     and k.key_id = split_part(v_ticket, '.', 2)
+     and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+     and kakunin_private.ticket_is_genuine(v_ticket, k.inner_pad, k.outer_pad);
+  if not found then
     raise exception using errcode = 'KA004',
       message = 'the ticket was not issued by this database to this login, or its key has been retired',
       hint = 'Open a new session with kakunin.open_session(assertion).';
-  end if;
-  if extract(epoch from kakunin_private.clock()) >= split_part(v_body, '.', 5)::numeric then
+  elsif v_key.expires <= extract(epoch from kakunin_private.clock()) then
     raise exception using errcode = 'KA004',
       message = 'the ticket has expired',
       hint = 'Open a new session with kakunin.open_session(assertion).';
-  end if;
-  if bind_session.is_local is null then
+  elsif not v_key.usable then
+    perform kakunin_private.check_certificate(v_key.serial);
+  elsif is_local is null then
     raise exception using errcode = 'KA010', message = 'is_local must be true or false';
   end if;
-  perform kakunin_private.bind(split_part(v_body, '.', 3), split_part(v_body, '.', 5)::numeric, bind_session.is_local);
-  return split_part(v_body, '.', 3);
+  -- With the ticket's key, so that a binding lasts no longer than the grace of that key.
+  return kakunin_private.bind(v_key.key_id, v_key.inner_pad, v_key.outer_pad, v_key.serial, v_key.expires, is_local);
 end
 $$;
 comment on function kakunin.bind_session(text, boolean) is
@@ -387,9 +395,11 @@ language plpgsql volatile parallel unsafe security definer set search_path = pg_
 as $$
 declare
   v_serial text := kakunin.normalize_serial(bind_serial.serial);
+  v_key    record;
 begin
-  perform kakunin_private.bind(v_serial, 0, true);
-  return v_serial;
+  perform kakunin_private.check_certificate(v_serial);
+  select k.* into v_key from kakunin_private.session_keys k where k.valid_until is null;
+  return kakunin_private.bind(v_key.key_id, v_key.inner_pad, v_key.outer_pad, v_serial, 0, true);
 end
 $$;
 comment on function kakunin.bind_serial(text) is

