@@ -102,7 +102,9 @@ def named(error: BaseException) -> KakuninError | None:
     cls = _BY_SQLSTATE.get(getattr(original, "sqlstate", None) or "")
     if cls is None:
         return None
-    diag = getattr(original, "diag", None)
-    message = getattr(diag, "message_primary", None) or str(original)
-    hint = getattr(diag, "message_hint", None) or getattr(original, "hint", None)
+    # SQLAlchemy's adapter of asyncpg has an error of its own, made from asyncpg's.
+    source = original.__cause__ if hasattr(original.__cause__, "sqlstate") else original
+    diag = getattr(source, "diag", None)
+    message = getattr(diag, "message_primary", None) or getattr(source, "message", None) or str(source)
+    hint = getattr(diag, "message_hint", None) or getattr(source, "hint", None)
     return cls(message, hint)

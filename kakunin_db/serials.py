@@ -17,7 +17,8 @@ def normalize_serial(serial: str | int) -> str:
     not a positive number of at most 20 octets (RFC 5280 section 4.1.2.2).
     """
     text = f"{serial:x}" if isinstance(serial, int) else serial
-    if len(text.encode()) <= 100:
+    # ASCII only, before upper(), which turns other letters into A to F as well.
+    if isinstance(text, str) and text.isascii() and len(text) <= 100:
         text = re.sub(r"\A0[xX]", "", text.strip(" ")).upper()
         if _SEPARATED.fullmatch(text) or _PLAIN.fullmatch(text):
             digits = re.sub("[: -]", "", text).lstrip("0")

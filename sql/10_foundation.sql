@@ -22,6 +22,9 @@
 -- Roles belong to the cluster, not to the database: they may exist already (a second database with the
 -- kit) and they are kept at uninstallation while anybody uses them.
 --
+-- Bodies of functions have no backslash outside E'...': what it means elsewhere is up to the caller's
+-- standard_conforming_strings.
+--
 -- Errors carry their own SQLSTATEs, one class a cause (docs/errors.md, kakunin_db/errors.py):
 --   KA001 unknown certificate       KA006 the ledger is append-only
 --   KA002 certificate revoked       KA007 ledger integrity

@@ -144,9 +144,9 @@ begin
   v_power := (v_power * v_signature) % v_modulus;
   -- EMSA-PKCS1-v1_5 (section 9.2): 00 01 ff..ff 00, DigestInfo of SHA-256 with its NULL, the digest.
   return v_power = kakunin_private.bytes_to_numeric(
-    '\x0001'::bytea
+    E'\\x0001'::bytea
     || decode(repeat('ff', v_length - 54), 'hex')
-    || '\x003031300d060960864801650304020105000420'::bytea
+    || E'\\x003031300d060960864801650304020105000420'::bytea
     || sha256(p_message));
 end
 $$;

@@ -20,12 +20,13 @@ declare
 begin
   -- Refused by length first: the patterns below never see more than this.
   if serial is not null and octet_length(serial) <= 100 then
-    v_hex := upper(regexp_replace(btrim(serial), '^0[xX]', ''));
+    -- translate(), not upper(): under some collations other letters than a to f become A to F.
+    v_hex := translate(regexp_replace(btrim(serial), '^0[xX]', ''), 'abcdef', 'ABCDEF');
     if v_hex ~ '^[0-9A-F]{1,2}((:[0-9A-F]{2})*|(-[0-9A-F]{2})*|( [0-9A-F]{2})*)$' or v_hex ~ '^[0-9A-F]+$' then
       v_hex := ltrim(translate(v_hex, ':- ', ''), '0');
       if length(v_hex) between 1 and 40 then  -- RFC 5280 section 4.1.2.2: positive, at most 20 octets
         v_hex := repeat('0', length(v_hex) % 2) || v_hex;
-        return rtrim(regexp_replace(v_hex, '(..)', '\1:', 'g'), ':');
+        return rtrim(regexp_replace(v_hex, '(..)', E'\\1:', 'g'), ':');
       end if;
     end if;
   end if;
@@ -179,14 +180,14 @@ begin
   if register_certificate.der is null or octet_length(register_certificate.der) not between 1 and 16384 then
     raise exception using errcode = 'KA010', message = 'a certificate is 1 to 16384 bytes of DER';
   end if;
-  if register_certificate.not_before is null or register_certificate.not_after is null
+  if not coalesce(isfinite(register_certificate.not_before) and isfinite(register_certificate.not_after), false)
     or register_certificate.not_after <= register_certificate.not_before
     or register_certificate.not_after - register_certificate.not_before > interval '366 days' then
     raise exception using errcode = 'KA010',
       message = 'a certificate is valid for at most 365 days, and notAfter comes after notBefore';
   end if;
   if array_ndims(v_actions) > 1 or cardinality(v_actions) > 256
-    or exists (select from unnest(v_actions) a where a is null or a !~ '^[A-Za-z0-9_.:/-]{1,128}$' and a !~ '^[A-Za-z0-9_.:/-]{1,126}:\*$') then
+    or exists (select from unnest(v_actions) a where a is null or a !~ '^[A-Za-z0-9_.:/-]{1,128}$' and a !~ '^[A-Za-z0-9_.:/-]{1,126}:[*]$') then
     raise exception using errcode = 'KA010',
       message = 'permitted actions are at most 256 names of 1 to 128 characters from A-Z a-z 0-9 _ . : / -',
       hint = 'Only a whole last part may be a star, as in trade:*.';

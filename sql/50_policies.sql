@@ -7,7 +7,7 @@
 --
 -- Both functions run with their caller's rights: only a table's owner can protect it. They keep no list
 -- of their own. The policies in the catalog are the record, so a dump carries it and nothing can drift;
--- those whose name begins with kakunin_ are theirs. Partitions and inheritance children get the same
+-- the four named in c_policies are theirs. Partitions and inheritance children get the same
 -- policies, because a query that names a child goes by the child's policies and not by the parent's.
 -- Run protect() again after adding a partition.
 --
@@ -26,14 +26,17 @@ create function kakunin.protect(
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_isolation text := format('%I = (select kakunin.current_cert_serial())', serial_column);
-  v_scope     text := format('(select kakunin.require_scope(%L))', write_scope);
+  c_policies  constant name[] :=
+    '{kakunin_isolation,kakunin_insert_scope,kakunin_update_scope,kakunin_delete_scope}';
+  v_isolation text;
+  v_scope     text;
   v_roles     text;
   v_role      name;
   v_table     record;
   v_other     text;
   v_before    text;
-  v_grantee   name;
+  v_grant     record;
+  v_policy    name;
 begin
   if protect.target is null or serial_column is null or protect.force is null or keep_policies is null then
     raise exception using errcode = 'KA010',
@@ -50,7 +53,9 @@ begin
     raise exception using errcode = 'KA010',
       message = 'write_scope is 1 to 128 characters from A-Z a-z 0-9 _ . : / -';
   end if;
-  select string_agg(case when r = 'public' then 'public' else quote_ident(r) end, ', ') into v_roles from unnest(roles) r;
+  select string_agg(quote_ident(r), ', ') into v_roles from unnest(roles) r;
+  v_isolation := format('%I = (select kakunin.current_cert_serial())', serial_column);
+  v_scope := format('(select kakunin.require_scope(%L))', write_scope);
 
   for v_table in
     with recursive family as (
@@ -84,7 +89,7 @@ begin
     end if;
     select string_agg(quote_ident(p.polname), ', ' order by p.polname) into v_other
       from pg_policy p
-     where p.polrelid = v_table.oid and p.polpermissive and not starts_with(p.polname, 'kakunin_');
+     where p.polrelid = v_table.oid and p.polpermissive and p.polname <> all (c_policies);
     if v_other is not null and not keep_policies then
       raise exception using errcode = 'KA010',
         message = format('%s has permissive policies that would let rows through beside this one: %s', v_table.name, v_other),
@@ -92,16 +97,17 @@ begin
     end if;
 
     -- How the table stood before the first protect(), which a repeated one must not forget.
-    select substring(obj_description(p.oid, 'pg_policy') from 'Row security before: (\w+, \w+)\.') into v_before
+    select substring(obj_description(p.oid, 'pg_policy') from 'Row security before: ([a-z]+, [a-z]+)[.]') into v_before
       from pg_policy p where p.polrelid = v_table.oid and p.polname = 'kakunin_isolation';
     v_before := coalesce(v_before,
       case when v_table.relrowsecurity then 'on' else 'off' end || ', '
       || case when v_table.relforcerowsecurity then 'forced' else 'unforced' end);
 
-    execute format('drop policy if exists kakunin_isolation on %s', v_table.name);
-    execute format('drop policy if exists kakunin_insert_scope on %s', v_table.name);
-    execute format('drop policy if exists kakunin_update_scope on %s', v_table.name);
-    execute format('drop policy if exists kakunin_delete_scope on %s', v_table.name);
+    for v_policy in
+      select p.polname from pg_policy p where p.polrelid = v_table.oid and p.polname = any (c_policies)
+    loop
+      execute format('drop policy %I on %s', v_policy, v_table.name);
+    end loop;
     execute format('create policy kakunin_isolation on %s for all to %s using (%s) with check (%3$s)',
       v_table.name, v_roles, v_isolation);
     execute format('comment on policy kakunin_isolation on %s is %L', v_table.name,
@@ -117,19 +123,32 @@ begin
     execute format('alter table %s enable row level security, %s force row level security',
       v_table.name, case when protect.force then '' else 'no' end);
 
-    for v_grantee in
-      select distinct coalesce(r.rolname, 'public')
-        from aclexplode(v_table.relacl) g
+    -- Everybody who may be an agent and holds one of the three, directly, through another role or on a column.
+    for v_grant in
+      select distinct coalesce(r.rolname, 'public') as grantee, pg_get_userbyid(g.grantor) as grantor,
+             g.grantor = v_table.relowner as by_owner
+        from (select (aclexplode(v_table.relacl)).*
+              union all
+              select (aclexplode(a.attacl)).* from pg_attribute a where a.attrelid = v_table.oid) g
         left join pg_roles r on r.oid = g.grantee
        where g.privilege_type in ('TRUNCATE', 'TRIGGER', 'REFERENCES')
          and g.grantee <> v_table.relowner
-         and (g.grantee = 0 or 'public' = any (roles)
-              or exists (select from unnest(roles) n where pg_has_role(g.grantee, n, 'MEMBER') or pg_has_role(n, g.grantee, 'MEMBER')))
          and not coalesce(r.rolsuper, false)
+         and (g.grantee = 0 or 'public' = any (roles)
+              or exists (
+                select from pg_roles m, unnest(roles) n
+                 where not m.rolsuper and pg_has_role(m.oid, n, 'MEMBER') and pg_has_role(m.oid, g.grantee, 'MEMBER')))
+       order by 1, 2
     loop
-      execute format('revoke truncate, trigger, references on %s from %I', v_table.name, v_grantee);
+      if not v_grant.by_owner then
+        raise exception using errcode = 'KA010',
+          message = format('%I has truncate, trigger or references on %s from %I, and row security does not cover them',
+            v_grant.grantee, v_table.name, v_grant.grantor),
+          hint = format('First: revoke truncate, trigger, references on %s from %I cascade', v_table.name, v_grant.grantor);
+      end if;
+      execute format('revoke truncate, trigger, references on %s from %I', v_table.name, v_grant.grantee);
       raise notice 'kakunin.protect: revoked truncate, trigger, references on % from %: row security does not cover them',
-        v_table.name, v_grantee;
+        v_table.name, v_grant.grantee;
     end loop;
     if not exists (select from pg_index x where x.indrelid = v_table.oid and x.indkey[0] = v_table.attnum and x.indpred is null) then
       raise notice 'kakunin.protect: no index on % begins with %, so every query reads the whole table', v_table.name, serial_column;
@@ -144,8 +163,10 @@ create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_table  record;
-  v_policy name;
+  c_policies constant name[] :=
+    '{kakunin_isolation,kakunin_insert_scope,kakunin_update_scope,kakunin_delete_scope}';
+  v_table    record;
+  v_policy   name;
 begin
   if unprotect.target is null then
     raise exception using errcode = 'KA010', message = 'unprotect() needs a table';
@@ -157,15 +178,15 @@ begin
       select i.inhrelid from pg_inherits i join family f on i.inhparent = f.relid
     )
     select c.oid::regclass as name, c.oid,
-           substring(obj_description(p.oid, 'pg_policy') from 'Row security before: (\w+), \w+\.') as enabled_before,
-           substring(obj_description(p.oid, 'pg_policy') from 'Row security before: \w+, (\w+)\.') as forced_before
+           substring(obj_description(p.oid, 'pg_policy') from 'Row security before: ([a-z]+), [a-z]+[.]') as enabled_before,
+           substring(obj_description(p.oid, 'pg_policy') from 'Row security before: [a-z]+, ([a-z]+)[.]') as forced_before
       from family f
       join pg_class c on c.oid = f.relid
       join pg_policy p on p.polrelid = c.oid and p.polname = 'kakunin_isolation'
      order by c.oid
   loop
     for v_policy in
-      select p.polname from pg_policy p where p.polrelid = v_table.oid and starts_with(p.polname, 'kakunin_')
+      select p.polname from pg_policy p where p.polrelid = v_table.oid and p.polname = any (c_policies)
     loop
       execute format('drop policy %I on %s', v_policy, v_table.name);
     end loop;
