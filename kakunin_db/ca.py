@@ -7,6 +7,7 @@ An agent's certificate carries what the agent is and what it may do, in extensio
 from __future__ import annotations
 
 import datetime as dt
+import re
 import secrets
 import uuid
 from collections.abc import Sequence
@@ -21,12 +22,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .errors import BadInputError, named
 from .serials import normalize_serial
+from .signers import check_rsa_key
 
 ARC = "1.3.6.1.4.1.61411.1"
 AGENT_URN = x509.ObjectIdentifier(f"{ARC}.1")
 PERMITTED_ACTIONS = x509.ObjectIdentifier(f"{ARC}.3")
 TENANT = x509.ObjectIdentifier(f"{ARC}.4")
 
+_ACTION = re.compile(r"[A-Za-z0-9_.:/-]{1,128}|[A-Za-z0-9_.:/-]{1,126}:\*")
 _ONE_DAY = dt.timedelta(days=1)
 # The CA's and the database's clocks may differ a little; a certificate is good from just before now.
 _BACKDATE = dt.timedelta(minutes=5)
@@ -133,10 +136,18 @@ class LocalCA:
         lifetime: dt.timedelta = 90 * _ONE_DAY,
     ) -> AgentCertificate:
         """A certificate for the agent's key, valid for ``lifetime`` (at most 365 days) from ``not_before``
-        (default: five minutes ago). Raises :class:`BadInputError` for a lifetime out of that range."""
+        (default: five minutes ago). Raises BadInputError for what the database would not register."""
         if not dt.timedelta(0) < lifetime <= 365 * _ONE_DAY:
             raise BadInputError("an agent's certificate is valid for at most 365 days")
+        check_rsa_key(public_key)
         start = not_before or dt.datetime.now(dt.timezone.utc) - _BACKDATE
+        if start + lifetime > self.certificate.not_valid_after_utc:
+            raise BadInputError("the certificate would outlive the CA's own", "Ask for a shorter lifetime.")
+        if len(permitted_actions) > 256 or not all(map(_ACTION.fullmatch, permitted_actions)):
+            raise BadInputError(
+                "permitted actions are at most 256 names of 1 to 128 characters from A-Z a-z 0-9 _ . : / -",
+                "Only a whole last part may be a star, as in trade:*.",
+            )
         urn = agent_urn(agent_id)
         builder = (
             x509.CertificateBuilder()

@@ -32,6 +32,16 @@ class Signer(Protocol):
         ...
 
 
+def check_rsa_key(key: rsa.RSAPublicKey) -> None:
+    """Raises BadInputError unless the database verifies signatures of such a key."""
+    exponent = key.public_numbers().e
+    if not 2048 <= key.key_size <= 4096 or exponent != 65537:
+        raise BadInputError(
+            f"an RSA key of {key.key_size} bits with exponent {exponent} is not supported",
+            "Use 2048 to 4096 bits and the exponent 65537.",
+        )
+
+
 class LocalSigner:
     """An RSA key on this machine, kept in an encrypted PKCS #8 file. For laptops and tests.
 
@@ -39,12 +49,7 @@ class LocalSigner:
     """
 
     def __init__(self, key: rsa.RSAPrivateKey, key_id: str | None = None) -> None:
-        numbers = key.public_key().public_numbers()
-        if not 2048 <= key.key_size <= 4096 or numbers.e != 65537:
-            raise BadInputError(
-                f"an RSA key of {key.key_size} bits with exponent {numbers.e} is not supported",
-                "Use 2048 to 4096 bits and the exponent 65537.",
-            )
+        check_rsa_key(key.public_key())
         self._key = key
         self._key_id = key_id or "local:" + self._fingerprint()[:16]
 

@@ -22,8 +22,10 @@
 -- Roles belong to the cluster, not to the database: they may exist already (a second database with the
 -- kit) and they are kept at uninstallation while anybody uses them.
 --
--- Bodies of functions have no backslash outside E'...': what it means elsewhere is up to the caller's
--- standard_conforming_strings.
+-- Two more things a caller brings along. Text arguments come with the caller's collation, and a
+-- nondeterministic one can make any two texts equal: columns that decide something are collate "C", and so
+-- are the variables that are compared with them. Bodies of functions have no backslash outside
+-- E'...': what it means elsewhere is up to the caller's standard_conforming_strings.
 --
 -- Errors carry their own SQLSTATEs, one class a cause (docs/errors.md, kakunin_db/errors.py):
 --   KA001 unknown certificate       KA006 the ledger is append-only
@@ -55,11 +57,13 @@ begin
       ('kakunin_auditor',   'reads the ledger and its proofs')
     ) as r(name, purpose)
   loop
+    -- Made beforehand, by a DBA for an installer without CREATEROLE or by another database's installation.
+    continue when to_regrole(v_role.name) is not null;
     begin
       execute format('create role %I nologin', v_role.name);
       execute format('comment on role %I is %L', v_role.name, 'kakunin-db: ' || v_role.purpose);
     exception
-      -- unique_violation: another database's installation creates the same role at this very moment
+      -- another database's installation makes the same role at this very moment
       when duplicate_object or unique_violation then null;
     end;
   end loop;

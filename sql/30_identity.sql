@@ -16,12 +16,11 @@ create function kakunin.normalize_serial(serial text) returns text
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_hex text;
+  v_hex text collate "C" := serial;
 begin
   -- Refused by length first: the patterns below never see more than this.
-  if serial is not null and octet_length(serial) <= 100 then
-    -- translate(), not upper(): under some collations other letters than a to f become A to F.
-    v_hex := translate(regexp_replace(btrim(serial), '^0[xX]', ''), 'abcdef', 'ABCDEF');
+  if v_hex is not null and octet_length(v_hex) <= 100 then
+    v_hex := upper(regexp_replace(btrim(v_hex), '^0[xX]', ''));
     if v_hex ~ '^[0-9A-F]{1,2}((:[0-9A-F]{2})*|(-[0-9A-F]{2})*|( [0-9A-F]{2})*)$' or v_hex ~ '^[0-9A-F]+$' then
       v_hex := ltrim(translate(v_hex, ':- ', ''), '0');
       if length(v_hex) between 1 and 40 then  -- RFC 5280 section 4.1.2.2: positive, at most 20 octets
@@ -50,13 +49,13 @@ create table kakunin_private.agents (
 comment on table kakunin_private.agents is 'One row an agent. Suspension stops all its certificates and can be lifted';
 
 create table kakunin_private.certificates (
-  serial             text primary key check (serial ~ '^[0-9A-F]{2}(:[0-9A-F]{2}){0,19}$'),
+  serial             text collate "C" primary key check (serial ~ '^[0-9A-F]{2}(:[0-9A-F]{2}){0,19}$'),
   agent_id           uuid not null references kakunin_private.agents,
   der                bytea not null check (octet_length(der) between 1 and 16384),
   public_key_modulus bytea not null,
   not_before         timestamptz not null,
   not_after          timestamptz not null check (not_after > not_before),
-  permitted_actions  text[] not null,
+  permitted_actions  text[] collate "C" not null,
   registered_at      timestamptz not null default now(),
   registered_by      name not null,
   revoked_at         timestamptz,
@@ -71,17 +70,40 @@ comment on column kakunin_private.certificates.permitted_actions is
 comment on column kakunin_private.certificates.public_key_modulus is
   'RSA modulus, big-endian; the public exponent is always 65537';
 
+-- Stops: a transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) does not see a revocation
+-- committed since, and SET TRANSACTION SNAPSHOT hands an old snapshot to ever new transactions. But names in
+-- the catalog are looked up as committed, whatever the snapshot. So every revocation and suspension also
+-- leaves a name there: a collation, which is one catalog row and nothing else. Asked for in such
+-- transactions only.
+create function kakunin_private.stop(p_name text) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  execute format('create collation if not exists kakunin_private.%I from pg_catalog."C"', p_name);
+end
+$$;
+comment on function kakunin_private.stop(text) is
+  'Makes a revocation (name: serial) or suspension (name: agent id) known beyond snapshots';
+
+create function kakunin_private.is_stopped(p_name text) returns boolean
+language sql stable parallel safe
+return to_regcollation('kakunin_private.' || quote_ident(p_name)) is not null;
+comment on function kakunin_private.is_stopped(text) is 'Whether stop() was committed for this name, whatever the snapshot shows';
+
 -- The one definition of "this certificate may be used now"; bind and every statement's check share it.
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
 -- Plain columns, not row types, so that the planner can inline it.
 create function kakunin_private.is_usable(
-  p_revoked_at timestamptz, p_suspended_at timestamptz, p_not_before timestamptz, p_not_after timestamptz
+  p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
+  p_agent_id uuid, p_suspended_at timestamptz
 ) returns boolean
 language sql volatile parallel safe
 return p_revoked_at is null
    and p_suspended_at is null
-   and kakunin_private.clock() between p_not_before and p_not_after;
-comment on function kakunin_private.is_usable(timestamptz, timestamptz, timestamptz, timestamptz) is
+   and kakunin_private.clock() between p_not_before and p_not_after
+   and (current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
+        or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)));
+comment on function kakunin_private.is_usable(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
   'Certificate not revoked, agent not suspended, and now inside the validity';
 
 create function kakunin_private.check_certificate(p_serial text) returns void
@@ -99,9 +121,10 @@ begin
       hint = 'Register it with kakunin.register_certificate(), or check that this is the right database.';
   end if;
   select * into v_agent from kakunin_private.agents a where a.agent_id = v_certificate.agent_id;
-  if v_certificate.revoked_at is not null then
+  if v_certificate.revoked_at is not null or kakunin_private.is_stopped(p_serial) then
     raise exception using errcode = 'KA002',
-      message = format('certificate %s was revoked: %s', p_serial, v_certificate.revocation_reason),
+      message = format('certificate %s was revoked: %s', p_serial,
+        coalesce(v_certificate.revocation_reason, 'after this transaction took its snapshot')),
       hint = 'Revocation is final. Certify the agent anew.';
   elsif v_now < v_certificate.not_before then
     raise exception using errcode = 'KA003',
@@ -111,9 +134,10 @@ begin
     raise exception using errcode = 'KA003',
       message = format('certificate %s has expired', p_serial),
       hint = 'Certify the agent anew.';
-  elsif v_agent.suspended_at is not null then
+  elsif v_agent.suspended_at is not null or kakunin_private.is_stopped(v_agent.agent_id::text) then
     raise exception using errcode = 'KA008',
-      message = format('agent %s is suspended: %s', v_agent.agent_id, v_agent.suspended_reason),
+      message = format('agent %s is suspended: %s', v_agent.agent_id,
+        coalesce(v_agent.suspended_reason, 'after this transaction took its snapshot')),
       hint = 'After review, an operator lifts it with kakunin.reinstate_agent().';
   end if;
 end
@@ -125,7 +149,7 @@ create function kakunin_private.check_text(p_what text, p_value text, p_max inte
 language plpgsql immutable parallel safe
 as $$
 begin
-  if p_value is null or btrim(p_value) = '' or length(p_value) > p_max then
+  if p_value is null or p_value !~ '[^[:space:]]' or length(p_value) > p_max then
     raise exception using errcode = 'KA010',
       message = format('%s must be 1 to %s characters', p_what, p_max);
   end if;
@@ -182,7 +206,7 @@ begin
   end if;
   if not coalesce(isfinite(register_certificate.not_before) and isfinite(register_certificate.not_after), false)
     or register_certificate.not_after <= register_certificate.not_before
-    or register_certificate.not_after - register_certificate.not_before > interval '366 days' then
+    or register_certificate.not_after - register_certificate.not_before > interval '365 days' then
     raise exception using errcode = 'KA010',
       message = 'a certificate is valid for at most 365 days, and notAfter comes after notBefore';
   end if;
@@ -228,6 +252,9 @@ begin
   update kakunin_private.certificates c
      set revoked_at = kakunin_private.clock(), revocation_reason = revoke_certificate.reason
    where c.serial = v_serial and c.revoked_at is null;
+  if found then
+    perform kakunin_private.stop(v_serial);
+  end if;
   -- A second revocation changes nothing: the first moment and reason are the ones that count.
   select c.revoked_at into v_revoked_at from kakunin_private.certificates c where c.serial = v_serial;
   if not found then
@@ -246,12 +273,14 @@ begin
   perform kakunin_private.check_known_agent(suspend_agent.agent_id);
   update kakunin_private.agents a
      set suspended_at = coalesce(a.suspended_at, kakunin_private.clock()),
-         suspended_reason = kakunin_private.check_text('a reason', suspend_agent.reason, 1000)
+         suspended_reason = coalesce(
+           a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
    where a.agent_id = suspend_agent.agent_id;
+  perform kakunin_private.stop(suspend_agent.agent_id::text);
 end
 $$;
 comment on function kakunin.suspend_agent(uuid, text) is
-  'Stops every certificate of the agent at the next statement, until reinstate_agent(). For kakunin_operator';
+  'Stops every certificate of the agent at the next statement, until reinstate_agent(); the first moment and reason stay. For kakunin_operator';
 
 create function kakunin.reinstate_agent(agent_id uuid) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -261,6 +290,7 @@ begin
   update kakunin_private.agents a
      set suspended_at = null, suspended_reason = null
    where a.agent_id = reinstate_agent.agent_id;
+  execute format('drop collation if exists kakunin_private.%I', reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is

@@ -31,7 +31,7 @@
 -- every statement.
 
 create table kakunin_private.session_keys (
-  key_id      text primary key check (key_id ~ '^[0-9]{1,10}$'),
+  key_id      text collate "C" primary key check (key_id ~ '^[0-9]{1,10}$'),
   inner_pad   bytea not null check (octet_length(inner_pad) = 64),
   outer_pad   bytea not null check (octet_length(outer_pad) = 64),
   created_at  timestamptz not null,
@@ -49,8 +49,8 @@ create sequence kakunin_private.session_key_ids;
 comment on sequence kakunin_private.session_key_ids is 'Never gives a key id twice, so an old ticket cannot meet a new key';
 
 create table kakunin_private.used_assertions (
-  serial     text not null,
-  jti        text not null,
+  serial     text collate "C" not null,
+  jti        text collate "C" not null,
   expires_at timestamptz not null,
   primary key (serial, jti)
 );
@@ -72,51 +72,57 @@ language sql stable strict parallel restricted
 return 'ticket|' || p_body || '|' || session_user;
 comment on function kakunin_private.ticket_context(text) is 'What a ticket''s MAC covers: its text and the login it was issued to';
 
--- The next two are written to be inlined (plain parameters, not STRICT), so that a check is one statement
--- in its caller. Both hash the two sides once more before comparing: that leaves no prefix to guess by timing.
-create function kakunin_private.ticket_is_genuine(p_ticket text, p_inner bytea, p_outer bytea) returns boolean
-language sql stable parallel restricted
-return sha256(convert_to(p_ticket, 'UTF8')) = sha256(convert_to(
-  left(p_ticket, -64) || kakunin_private.session_mac(
-    p_inner, p_outer, kakunin_private.ticket_context(left(p_ticket, -65))), 'UTF8'));
-comment on function kakunin_private.ticket_is_genuine(text, bytea, bytea) is
-  'Whether the key made this ticket for this login. Says nothing of its expiry';
-
-create function kakunin_private.binding_context(p_body text) returns text
+create function kakunin_private.binding_context(p_body text, p_is_local boolean) returns text
 language sql stable parallel restricted
 return 'binding|' || p_body || '|' || pg_backend_pid() || '|'
-  || case when split_part(p_body, '|', 3) = 's' then 'session' else extract(epoch from transaction_timestamp())::text end
+  || case when p_is_local then extract(epoch from transaction_timestamp())::text else 'session' end
   || '|' || session_user;
-comment on function kakunin_private.binding_context(text) is
+comment on function kakunin_private.binding_context(text, boolean) is
   'What a binding''s MAC covers: its text, this backend, this transaction (or the session) and the login';
 
-create function kakunin_private.binding_is_genuine(p_binding text, p_inner bytea, p_outer bytea) returns boolean
-language sql volatile parallel restricted
+-- The next three are written to be inlined into a statement that reads the key from its table (not STRICT,
+-- and no argument dear enough to be kept apart). That is for more than speed: a key must never be in a
+-- PL/pgSQL variable. The planner puts variables into plans as constants, and anybody can have plans
+-- printed (debug_print_plan, client_min_messages = log).
+create function kakunin_private.make_binding(p_inner bytea, p_outer bytea, p_body text, p_is_local boolean) returns text
+language sql stable parallel restricted
+return p_body || '|' || kakunin_private.session_mac(
+  p_inner, p_outer, kakunin_private.binding_context(p_body, p_is_local));
+comment on function kakunin_private.make_binding(bytea, bytea, text, boolean) is 'The binding: p_body and its MAC';
+
+-- Both sides of a comparison are hashed once more: that leaves no prefix to guess by timing.
+create function kakunin_private.binding_is_genuine(p_inner bytea, p_outer bytea, p_binding text) returns boolean
+language sql stable parallel restricted
 return sha256(convert_to(p_binding, 'UTF8')) = sha256(convert_to(
-    left(p_binding, -64) || kakunin_private.session_mac(
-      p_inner, p_outer, kakunin_private.binding_context(left(p_binding, -65))), 'UTF8'))
-  -- Behind the MAC, so only what we wrote is ever cast.
-  and case when split_part(p_binding, '|', 3) = 's'
-        then split_part(p_binding, '|', 4)::numeric > extract(epoch from kakunin_private.clock()) else true end;
-comment on function kakunin_private.binding_is_genuine(text, bytea, bytea) is
-  'Whether the key made this binding for this backend, login and transaction, and it has not expired';
+  kakunin_private.make_binding(
+    p_inner, p_outer, left(p_binding, -65), split_part(p_binding, '|', 3) <> 's'), 'UTF8'));
+comment on function kakunin_private.binding_is_genuine(bytea, bytea, text) is
+  'Whether the key made this binding for this backend, login and transaction. Says nothing of its expiry';
+
+create function kakunin_private.ticket_is_genuine(p_inner bytea, p_outer bytea, p_ticket text) returns boolean
+language sql stable parallel restricted
+return sha256(convert_to(p_ticket, 'UTF8')) = sha256(convert_to(
+  left(p_ticket, -65) || '.' || kakunin_private.session_mac(
+    p_inner, p_outer, kakunin_private.ticket_context(left(p_ticket, -65))), 'UTF8'));
+comment on function kakunin_private.ticket_is_genuine(bytea, bytea, text) is
+  'Whether the key made this ticket for this login. Says nothing of its expiry';
 
 create function kakunin_private.new_session_key() returns void
 language plpgsql volatile parallel unsafe
 as $$
-declare
-  -- Core has no random bytes, but gen_random_uuid() draws 122 bits from the server's strong source.
-  v_key   bytea := sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
-                       || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid()));
-  v_inner bytea := v_key || decode(repeat('00', 32), 'hex');
-  v_outer bytea := v_inner;
 begin
-  for i in 0..63 loop
-    v_outer := set_byte(v_outer, i, get_byte(v_inner, i) # 92);
-    v_inner := set_byte(v_inner, i, get_byte(v_inner, i) # 54);
-  end loop;
+  -- Core has no random bytes, but gen_random_uuid() draws 122 bits from the server's strong source. All in
+  -- one statement, so that the key is never in a variable.
   insert into kakunin_private.session_keys (key_id, inner_pad, outer_pad, created_at)
-  values (nextval('kakunin_private.session_key_ids')::text, v_inner, v_outer, kakunin_private.clock());
+  select nextval('kakunin_private.session_key_ids')::text,
+         string_agg(set_byte(E'\\x00', 0, b.byte # 54), '' order by b.at),  -- ipad, 0x36
+         string_agg(set_byte(E'\\x00', 0, b.byte # 92), '' order by b.at),  -- opad, 0x5c
+         kakunin_private.clock()
+    from (
+      select i.at, case when i.at < 32 then get_byte(r.key, i.at) else 0 end as byte
+        from (select sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())
+                         || uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())) as key offset 0) r,
+             generate_series(0, 63) as i(at)) b;
 end
 $$;
 comment on function kakunin_private.new_session_key() is 'Adds the key that signs from now on';
@@ -169,6 +175,13 @@ comment on function kakunin.set_gateway_logins(name[]) is
 
 -- Reading a binding ---------------------------------------------------------------------------------
 
+create function kakunin_private.has_expired(p_binding text) returns boolean
+language sql volatile parallel safe
+return case when split_part(p_binding, '|', 3) = 's'
+  then split_part(p_binding, '|', 4)::numeric <= extract(epoch from kakunin_private.clock()) else false end;
+comment on function kakunin_private.has_expired(text) is
+  'Whether a genuine binding of a session has outlived its ticket; one of a transaction ends with it';
+
 create function kakunin_private.serial_from_claims(p_claims text) returns text
 language plpgsql stable parallel restricted
 as $$
@@ -188,21 +201,25 @@ $$;
 comment on function kakunin_private.serial_from_claims(text) is
   'The kakunin_cert_serial claim, where session_user is a configured gateway login; otherwise NULL';
 
--- A binding is at most 250 characters; a longer one is refused before any work is spent on it.
+-- A binding is at most 250 characters; a longer one is refused before any work is spent on it. What it
+-- says is cast only after its MAC was found right, in a statement of its own: inside the query the planner
+-- might do it beforehand.
 create function kakunin_private.bound_serial() returns text
 language plpgsql stable parallel restricted
 as $$
 declare
-  v_binding text := current_setting('kakunin.session', true);
+  v_binding text collate "C" := current_setting('kakunin.session', true);
+  v_serial  text;
 begin
   if v_binding <> '' then
-    return (
+    v_serial := (
       select split_part(v_binding, '|', 2)
         from kakunin_private.session_keys k
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
          and (k.valid_until is null or k.valid_until > kakunin_private.clock())
-         and kakunin_private.binding_is_genuine(v_binding, k.inner_pad, k.outer_pad));
+         and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding));
+    return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
   end if;
   return kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
 end
@@ -216,10 +233,11 @@ create function kakunin.current_cert_serial() returns text
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_binding text := current_setting('kakunin.session', true);
+  v_binding text collate "C" := current_setting('kakunin.session', true);
+  v_serial  text;
 begin
   if v_binding <> '' then
-    return (
+    v_serial := (
       select c.serial
         from kakunin_private.session_keys k
         join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
@@ -227,15 +245,20 @@ begin
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
          and (k.valid_until is null or k.valid_until > kakunin_private.clock())
-         and kakunin_private.binding_is_genuine(v_binding, k.inner_pad, k.outer_pad)
-         and kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after));
+         and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
+         and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
+    return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
+  end if;
+  v_serial := kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
+  if v_serial is null then
+    return null;
   end if;
   return (
     select c.serial
       from kakunin_private.certificates c
       join kakunin_private.agents a on a.agent_id = c.agent_id
-     where c.serial = kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true))
-       and kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after));
+     where c.serial = v_serial
+       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
 end
 $$;
 comment on function kakunin.current_cert_serial() is
@@ -257,14 +280,15 @@ create function kakunin.has_scope(scope text) returns boolean
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin.current_cert_serial();
+  v_serial text collate "C" := kakunin.current_cert_serial();
+  v_scope  text collate "C" := scope;
 begin
   -- Exact, or prefix:* in the certificate; never a substring.
   return exists (
     select from kakunin_private.certificates c, unnest(c.permitted_actions) p
      where c.serial = v_serial
-       and (p = has_scope.scope
-            or (right(p, 2) = ':*' and starts_with(has_scope.scope, left(p, -1)) and length(has_scope.scope) >= length(p))));
+       and (p = v_scope
+            or (right(p, 2) = ':*' and starts_with(v_scope, left(p, -1)) and length(v_scope) >= length(p))));
 end
 $$;
 comment on function kakunin.has_scope(text) is
@@ -332,59 +356,59 @@ return case when p_claims <> '' then (kakunin_private.claims_object(p_claims)
   else '{"kakunin_cert_serial":"' || p_serial || '"}' end;
 comment on function kakunin_private.claims_with(text, text) is 'These claims, with kakunin_cert_serial set to the serial';
 
--- Assignments, not PERFORM: an expression that reads no table is then evaluated without the cost of a
--- statement, a third of the whole here.
-create function kakunin_private.bind(
-  p_key_id text, p_inner bytea, p_outer bytea, p_serial text, p_expires numeric, p_is_local boolean
-) returns text
+-- One expression that reads no table: evaluated without the cost of a statement, a third of the whole here.
+create function kakunin_private.bind(p_serial text, p_binding text, p_is_local boolean) returns text
 language plpgsql volatile parallel unsafe
 as $$
-declare
-  v_body text := p_key_id || '|' || p_serial || case when p_is_local then '|x|0' else '|s|' || p_expires end;
 begin
-  v_body := set_config('kakunin.session',
-    v_body || '|' || kakunin_private.session_mac(p_inner, p_outer, kakunin_private.binding_context(v_body)), p_is_local);
-  v_body := set_config('request.jwt.claims',
-    kakunin_private.claims_with(case when p_is_local then current_setting('request.jwt.claims', true) end, p_serial), p_is_local);
-  return p_serial;
+  return case when
+    set_config('kakunin.session', p_binding, p_is_local) is not null
+    and set_config('request.jwt.claims', kakunin_private.claims_with(
+      case when p_is_local then current_setting('request.jwt.claims', true) end, p_serial), p_is_local) is not null
+    then p_serial end;
 end
 $$;
-comment on function kakunin_private.bind(text, bytea, bytea, text, numeric, boolean) is
-  'Binds to a serial already proven, for the transaction or, not local, until p_expires, with this session key; returns the serial';
+comment on function kakunin_private.bind(text, text, boolean) is
+  'Puts a binding into effect, for the transaction or, not local, for the session; returns the serial';
 
 create function kakunin.bind_session(ticket text, is_local boolean default true) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ticket text := ticket;
-  v_key    record;
+  v_ticket text collate "C" := ticket;
+  v_local  boolean := is_local;
+  v_tail   text := case when is_local then '|x|0' else '|s|' || split_part(v_ticket, '.', 5) end;
+  v_found  record;
 begin
-  -- The key and the certificate in one statement, for this runs in every transaction.
-  select k.key_id, k.inner_pad, k.outer_pad, c.serial, split_part(v_ticket, '.', 5)::numeric as expires,
-         kakunin_private.is_usable(c.revoked_at, a.suspended_at, c.not_before, c.not_after) as usable
-    into v_key
+  if v_local is null then
+    raise exception using errcode = 'KA010', message = 'is_local must be true or false';
+  end if;
+  -- Key, certificate and the new binding in one statement, for this runs in every transaction. The binding
+  -- is made with the ticket's key, so it lasts no longer than the grace of that key.
+  select c.serial,
+         kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at) as usable,
+         kakunin_private.make_binding(
+           k.inner_pad, k.outer_pad, k.key_id || '|' || c.serial || v_tail, v_local) as binding
+    into v_found
     from kakunin_private.session_keys k
     join kakunin_private.certificates c on c.serial = split_part(v_ticket, '.', 3)
     join kakunin_private.agents a on a.agent_id = c.agent_id
    where octet_length(v_ticket) <= 250
      and k.key_id = split_part(v_ticket, '.', 2)
      and (k.valid_until is null or k.valid_until > kakunin_private.clock())
-     and kakunin_private.ticket_is_genuine(v_ticket, k.inner_pad, k.outer_pad);
+     and kakunin_private.ticket_is_genuine(k.inner_pad, k.outer_pad, v_ticket);
   if not found then
     raise exception using errcode = 'KA004',
       message = 'the ticket was not issued by this database to this login, or its key has been retired',
       hint = 'Open a new session with kakunin.open_session(assertion).';
-  elsif v_key.expires <= extract(epoch from kakunin_private.clock()) then
+  elsif split_part(v_ticket, '.', 5)::numeric <= extract(epoch from kakunin_private.clock()) then
     raise exception using errcode = 'KA004',
       message = 'the ticket has expired',
       hint = 'Open a new session with kakunin.open_session(assertion).';
-  elsif not v_key.usable then
-    perform kakunin_private.check_certificate(v_key.serial);
-  elsif is_local is null then
-    raise exception using errcode = 'KA010', message = 'is_local must be true or false';
+  elsif not v_found.usable then
+    perform kakunin_private.check_certificate(v_found.serial);
   end if;
-  -- With the ticket's key, so that a binding lasts no longer than the grace of that key.
-  return kakunin_private.bind(v_key.key_id, v_key.inner_pad, v_key.outer_pad, v_key.serial, v_key.expires, is_local);
+  return kakunin_private.bind(v_found.serial, v_found.binding, v_local);
 end
 $$;
 comment on function kakunin.bind_session(text, boolean) is
@@ -394,12 +418,13 @@ create function kakunin.bind_serial(serial text) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin.normalize_serial(bind_serial.serial);
-  v_key    record;
+  v_serial  text := kakunin.normalize_serial(bind_serial.serial);
+  v_binding text;
 begin
   perform kakunin_private.check_certificate(v_serial);
-  select k.* into v_key from kakunin_private.session_keys k where k.valid_until is null;
-  return kakunin_private.bind(v_key.key_id, v_key.inner_pad, v_key.outer_pad, v_serial, 0, true);
+  select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || v_serial || '|x|0', true)
+    into v_binding from kakunin_private.session_keys k where k.valid_until is null;
+  return kakunin_private.bind(v_serial, v_binding, true);
 end
 $$;
 comment on function kakunin.bind_serial(text) is
@@ -450,32 +475,32 @@ create function kakunin.open_session(assertion text) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  c_leeway   constant integer := 30;   -- seconds a client's clock may run ahead
-  c_longest  constant integer := 300;  -- seconds an assertion, and the ticket for it, may live
-  c_remedy   constant text :=
+  c_leeway    constant integer := 30;   -- seconds a client's clock may run ahead
+  c_longest   constant integer := 300;  -- seconds an assertion, and the ticket for it, may live
+  c_remedy    constant text :=
     'Make a new one: RS256, kid = certificate serial, aud = kakunin:<installation id>, at most 300 seconds of life.';
-  v_parts    text[];
-  v_header   jsonb;
-  v_claims   jsonb;
-  v_now      numeric := extract(epoch from kakunin_private.clock());
-  v_iat      numeric;
-  v_exp      numeric;
-  v_serial   text;
-  v_agent_id uuid;
-  v_modulus  bytea;
-  v_until    numeric;
-  v_key      kakunin_private.session_keys;
-  v_body     text;
+  v_assertion text collate "C" := assertion;
+  v_parts     text[] collate "C";
+  v_header    jsonb;
+  v_claims    jsonb;
+  v_now       numeric := extract(epoch from kakunin_private.clock());
+  v_iat       numeric;
+  v_exp       numeric;
+  v_serial    text;
+  v_agent_id  uuid;
+  v_modulus   bytea;
+  v_until     numeric;
+  v_body      text;
 begin
   if current_setting('transaction_read_only')::boolean then
     raise exception 'the assertion is refused: its single use cannot be recorded in a read-only transaction'
       using errcode = 'KA004', hint = 'Open the session on the primary, in a read-write transaction; the ticket also binds on a standby.';
   end if;
-  if assertion is null or octet_length(assertion) > 8192 then
+  if v_assertion is null or octet_length(v_assertion) > 8192 then
     raise exception 'the assertion is refused: it is missing, or longer than 8192 bytes'
       using errcode = 'KA004', hint = c_remedy;
   end if;
-  v_parts := string_to_array(assertion, '.');
+  v_parts := string_to_array(v_assertion, '.');
   if cardinality(v_parts) <> 3 then
     raise exception 'the assertion is refused: it is not a JWT in compact form'
       using errcode = 'KA004', hint = c_remedy;
@@ -564,10 +589,12 @@ begin
       where e.expires_at < to_timestamp(v_now::double precision) order by e.expires_at limit 8 for update skip locked));
 
   v_now := floor(v_now);
-  select * into v_key from kakunin_private.session_keys k where k.valid_until is null;
-  v_body := 'kkn1.' || v_key.key_id || '.' || v_serial || '.' || v_now || '.' || floor(least(v_now + c_longest, v_until));
-  return v_body || '.' || kakunin_private.session_mac(
-    v_key.inner_pad, v_key.outer_pad, kakunin_private.ticket_context(v_body));
+  v_body := '.' || v_serial || '.' || v_now || '.' || floor(least(v_now + c_longest, v_until));
+  return (
+    select t.body || '.' || kakunin_private.session_mac(
+             k.inner_pad, k.outer_pad, kakunin_private.ticket_context(t.body))
+      from kakunin_private.session_keys k, lateral (select 'kkn1.' || k.key_id || v_body as body) t
+     where k.valid_until is null);
 end
 $$;
 comment on function kakunin.open_session(text) is

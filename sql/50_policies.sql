@@ -3,7 +3,7 @@
 -- protect() writes what sql/policies/agent_vault.sql shows by hand: one permissive policy that lets a
 -- bound session see and change the rows whose serial column equals its own. A role the policy does not
 -- name, and a session without a binding, sees no row. With write_scope, three restrictive policies
--- refuse aloud (KA005) any write by a certificate that does not permit that action.
+-- refuse aloud (KA005) any write, by anybody, without a certificate that permits that action.
 --
 -- Both functions run with their caller's rights: only a table's owner can protect it. They keep no list
 -- of their own. The policies in the catalog are the record, so a dump carries it and nothing can drift;
@@ -12,8 +12,9 @@
 -- Run protect() again after adding a partition.
 --
 -- Row security does not cover everything that can be granted. TRUNCATE ignores it, TRIGGER lets the
--- grantee run code on other agents' rows, and REFERENCES lets a foreign key probe for them: protect()
--- takes these three from the roles it lets in, and unprotect() does not give them back.
+-- grantee run code on other agents' rows, REFERENCES lets a foreign key probe for them, and MAINTAIN (from
+-- 17) lets it lock them away: protect() takes these from the roles it lets in, and unprotect() does not
+-- give them back.
 
 create function kakunin.protect(
   target regclass,
@@ -27,7 +28,7 @@ language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_policies  constant name[] :=
-    '{kakunin_isolation,kakunin_insert_scope,kakunin_update_scope,kakunin_delete_scope}';
+    '{kakunin_isolation,kakunin_insert_scope,kakunin_update_scope,kakunin_delete_scope}'::name[];
   v_isolation text;
   v_scope     text;
   v_roles     text;
@@ -64,11 +65,12 @@ begin
       select i.inhrelid from pg_inherits i join family f on i.inhparent = f.relid
     )
     select c.oid::regclass as name, c.oid, c.relkind, c.relacl, c.relowner, c.relrowsecurity, c.relforcerowsecurity,
-           a.attnum, coalesce(nullif(t.typbasetype, 0), t.oid) as column_type
+           a.attnum, coalesce(nullif(t.typbasetype, 0), t.oid) as column_type, l.collisdeterministic
       from family f
       join pg_class c on c.oid = f.relid
       left join pg_attribute a on a.attrelid = c.oid and a.attname = serial_column and a.attnum > 0 and not a.attisdropped
       left join pg_type t on t.oid = a.atttypid
+      left join pg_collation l on l.oid = a.attcollation
      order by c.oid
   loop
     if v_table.relkind not in ('r', 'p') then
@@ -80,6 +82,12 @@ begin
       raise exception using errcode = 'KA010',
         message = format('%s has no column %I of type text or varchar', v_table.name, serial_column),
         hint = 'Add it, or name the column that holds the serial of the agent a row belongs to.';
+    end if;
+    if not v_table.collisdeterministic then
+      raise exception using errcode = 'KA010',
+        message = format('the column %I of %s has a nondeterministic collation, under which two serials may be equal',
+          serial_column, v_table.name),
+        hint = 'Give it collate "C".';
     end if;
     -- Turned on by ALTER TABLE ... FORCE earlier and asleep until now: enabling would bind the owner too.
     if v_table.relforcerowsecurity and not protect.force then
@@ -113,42 +121,46 @@ begin
     execute format('comment on policy kakunin_isolation on %s is %L', v_table.name,
       format('Written by kakunin.protect(): rows of the bound certificate only. Row security before: %s.', v_before));
     if write_scope is not null then
-      execute format('create policy kakunin_insert_scope on %s as restrictive for insert to %s with check (%s)',
-        v_table.name, v_roles, v_scope);
-      execute format('create policy kakunin_update_scope on %s as restrictive for update to %s using (%s)',
-        v_table.name, v_roles, v_scope);
-      execute format('create policy kakunin_delete_scope on %s as restrictive for delete to %s using (%s)',
-        v_table.name, v_roles, v_scope);
+      -- To public, not to the roles: a member of a role can DROP OWNED BY it, which takes the role out of
+      -- policies. Out of the permissive one that closes; out of a restrictive one it would open.
+      execute format('create policy kakunin_insert_scope on %s as restrictive for insert to public with check (%s)',
+        v_table.name, v_scope);
+      execute format('create policy kakunin_update_scope on %s as restrictive for update to public using (%s)',
+        v_table.name, v_scope);
+      execute format('create policy kakunin_delete_scope on %s as restrictive for delete to public using (%s)',
+        v_table.name, v_scope);
     end if;
     execute format('alter table %s enable row level security, %s force row level security',
       v_table.name, case when protect.force then '' else 'no' end);
 
-    -- Everybody who may be an agent and holds one of the three, directly, through another role or on a column.
+    -- Everybody who may be an agent and holds one of them, directly, through another role or on a column.
     for v_grant in
-      select distinct coalesce(r.rolname, 'public') as grantee, pg_get_userbyid(g.grantor) as grantor,
-             g.grantor = v_table.relowner as by_owner
+      select coalesce(r.rolname, 'public') as grantee, pg_get_userbyid(g.grantor) as grantor,
+             g.grantor = v_table.relowner as by_owner,
+             string_agg(distinct lower(g.privilege_type), ', ') as privileges
         from (select (aclexplode(v_table.relacl)).*
               union all
               select (aclexplode(a.attacl)).* from pg_attribute a where a.attrelid = v_table.oid) g
         left join pg_roles r on r.oid = g.grantee
-       where g.privilege_type in ('TRUNCATE', 'TRIGGER', 'REFERENCES')
+       where g.privilege_type in ('TRUNCATE', 'TRIGGER', 'REFERENCES', 'MAINTAIN')
          and g.grantee <> v_table.relowner
          and not coalesce(r.rolsuper, false)
          and (g.grantee = 0 or 'public' = any (roles)
               or exists (
                 select from pg_roles m, unnest(roles) n
                  where not m.rolsuper and pg_has_role(m.oid, n, 'MEMBER') and pg_has_role(m.oid, g.grantee, 'MEMBER')))
+       group by 1, 2, 3
        order by 1, 2
     loop
       if not v_grant.by_owner then
         raise exception using errcode = 'KA010',
-          message = format('%I has truncate, trigger or references on %s from %I, and row security does not cover them',
-            v_grant.grantee, v_table.name, v_grant.grantor),
-          hint = format('First: revoke truncate, trigger, references on %s from %I cascade', v_table.name, v_grant.grantor);
+          message = format('%I has %s on %s from %I, and row security does not cover that',
+            v_grant.grantee, v_grant.privileges, v_table.name, v_grant.grantor),
+          hint = format('First: revoke %s on %s from %I cascade', v_grant.privileges, v_table.name, v_grant.grantor);
       end if;
-      execute format('revoke truncate, trigger, references on %s from %I', v_table.name, v_grant.grantee);
-      raise notice 'kakunin.protect: revoked truncate, trigger, references on % from %: row security does not cover them',
-        v_table.name, v_grant.grantee;
+      execute format('revoke %s on %s from %I', v_grant.privileges, v_table.name, v_grant.grantee);
+      raise notice 'kakunin.protect: revoked % on % from %: row security does not cover that',
+        v_grant.privileges, v_table.name, v_grant.grantee;
     end loop;
     if not exists (select from pg_index x where x.indrelid = v_table.oid and x.indkey[0] = v_table.attnum and x.indpred is null) then
       raise notice 'kakunin.protect: no index on % begins with %, so every query reads the whole table', v_table.name, serial_column;
@@ -164,7 +176,7 @@ language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_policies constant name[] :=
-    '{kakunin_isolation,kakunin_insert_scope,kakunin_update_scope,kakunin_delete_scope}';
+    '{kakunin_isolation,kakunin_insert_scope,kakunin_update_scope,kakunin_delete_scope}'::name[];
   v_table    record;
   v_policy   name;
 begin

@@ -6,7 +6,8 @@ begin;
 
 create table agent_vault (
   id                     bigint generated always as identity primary key,
-  permitted_agent_serial text not null default kakunin.current_cert_serial(),
+  -- The default is for agents; whoever else inserts names the serial.
+  permitted_agent_serial text collate "C" not null default kakunin.current_cert_serial(),
   content                text not null
 );
 -- Every query of an agent filters by this column.

