@@ -25,8 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
 
@@ -43,7 +41,9 @@ def timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, each: int = 1) -> None:
+def compare(
+    name: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, each: int = 1
+) -> None:
     """Runs both in turn and prints their medians and the ratio of each pair."""
     a: list[float] = []
     b: list[float] = []

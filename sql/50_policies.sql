@@ -50,6 +50,12 @@ begin
       message = format('%s is not a role the policies can name', coalesce(quote_ident(v_role), 'NULL')),
       hint = 'Give the roles agents have, such as {kakunin_agent}.';
   end if;
+  if (current_setting('server_version_num')::integer < case current_setting('server_version_num')::integer / 10000
+        when 15 then 150020 when 16 then 160016 when 17 then 170012 when 18 then 180007 else 0 end) then
+    raise warning 'kakunin.protect: Postgres % gives rows that policies hide to the WHERE of INSERT ... ON CONFLICT DO UPDATE (CVE-2026-120154)',
+      current_setting('server_version')
+      using hint = 'Update to 15.20, 16.16, 17.12, 18.7 or later, or put the serial column into every unique key.';
+  end if;
   if write_scope is not null and write_scope !~ '^[A-Za-z0-9_.:/-]{1,128}$' then
     raise exception using errcode = 'KA010',
       message = 'write_scope is 1 to 128 characters from A-Z a-z 0-9 _ . : / -';

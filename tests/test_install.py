@@ -585,7 +585,7 @@ def test_missing_createrole_is_named(bare: Empty, capsys: pytest.CaptureFixture[
         assert (status, out) == (1, "")
         assert err == (
             "kakunin-db: plain may not create roles (42501)."
-            " Have a superuser run: alter role plain createrole;\n"
+            " Have a superuser run: alter role plain createrole; or have the six roles made beforehand.\n"
         )
         assert everything(bare.dsn) == before
     finally:

@@ -570,8 +570,7 @@ comment on function kakunin.reinstate_agent(uuid) is
 -- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
 --
 -- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written:
--- the ticket's covers the login it was issued to; the binding's covers the login, the backend's pid and,
--- with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
+-- the login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
 -- current_setting() is no use to another backend or a later transaction. A binding with s is for
 -- autocommit connections: it lasts for the session, but never longer than its ticket.
 --
@@ -619,18 +618,27 @@ language sql stable strict parallel safe
 return encode(sha256(p_outer || sha256(p_inner || convert_to(p_message, 'UTF8'))), 'hex');
 comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 in hexadecimal, from the stored pads';
 
+-- The login and the database come first, with their lengths: neither a name with a bar in it nor what a
+-- caller puts into the rest can make one message read as another.
+create function kakunin_private.mac_context(p_kind text) returns text
+language sql stable parallel restricted
+return p_kind || '|' || length(session_user::text) || '|' || session_user
+  || '|' || length(current_database()::text) || '|' || current_database() || '|';
+comment on function kakunin_private.mac_context(text) is
+  'How every MAC''s message begins: what it is for, the login and the database';
+
 create function kakunin_private.ticket_context(p_body text) returns text
-language sql stable strict parallel restricted
-return 'ticket|' || p_body || '|' || session_user;
-comment on function kakunin_private.ticket_context(text) is 'What a ticket''s MAC covers: its text and the login it was issued to';
+language sql stable parallel restricted
+return kakunin_private.mac_context('ticket') || p_body;
+comment on function kakunin_private.ticket_context(text) is
+  'What a ticket''s MAC covers: its text, the login it was issued to and the database';
 
 create function kakunin_private.binding_context(p_body text, p_is_local boolean) returns text
 language sql stable parallel restricted
-return 'binding|' || p_body || '|' || pg_backend_pid() || '|'
-  || case when p_is_local then extract(epoch from transaction_timestamp())::text else 'session' end
-  || '|' || session_user;
+return kakunin_private.mac_context('binding') || p_body || '|' || pg_backend_pid() || '|'
+  || case when p_is_local then extract(epoch from transaction_timestamp())::text else 'session' end;
 comment on function kakunin_private.binding_context(text, boolean) is
-  'What a binding''s MAC covers: its text, this backend, this transaction (or the session) and the login';
+  'What a binding''s MAC covers: its text, this backend, this transaction (or the session), login and database';
 
 -- The next three are written to be inlined into a statement that reads the key from its table (not STRICT,
 -- and no argument dear enough to be kept apart). That is for more than speed: a key must never be in a
@@ -975,7 +983,7 @@ declare
 begin
   perform kakunin_private.check_certificate(v_serial);
   select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || v_serial || '|x|0', true)
-    into v_binding from kakunin_private.session_keys k where k.valid_until is null;
+    into strict v_binding from kakunin_private.session_keys k where k.valid_until is null;
   return kakunin_private.bind(v_serial, v_binding, true);
 end
 $$;
@@ -1203,6 +1211,12 @@ begin
     raise exception using errcode = 'KA010',
       message = format('%s is not a role the policies can name', coalesce(quote_ident(v_role), 'NULL')),
       hint = 'Give the roles agents have, such as {kakunin_agent}.';
+  end if;
+  if (current_setting('server_version_num')::integer < case current_setting('server_version_num')::integer / 10000
+        when 15 then 150020 when 16 then 160016 when 17 then 170012 when 18 then 180007 else 0 end) then
+    raise warning 'kakunin.protect: Postgres % gives rows that policies hide to the WHERE of INSERT ... ON CONFLICT DO UPDATE (CVE-2026-120154)',
+      current_setting('server_version')
+      using hint = 'Update to 15.20, 16.16, 17.12, 18.7 or later, or put the serial column into every unique key.';
   end if;
   if write_scope is not null and write_scope !~ '^[A-Za-z0-9_.:/-]{1,128}$' then
     raise exception using errcode = 'KA010',
