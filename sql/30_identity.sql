@@ -72,23 +72,31 @@ comment on column kakunin_private.certificates.public_key_modulus is
 
 -- Stops: a transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) does not see a revocation
 -- committed since, and SET TRANSACTION SNAPSHOT hands an old snapshot to ever new transactions. But names in
--- the catalog are looked up as committed, whatever the snapshot. So every revocation and suspension also
--- leaves a name there: a collation, which is one catalog row and nothing else. Asked for in such
--- transactions only.
+-- the catalog are looked up as committed, whatever the snapshot. So every revocation, suspension and
+-- retired session key also leaves a name there, and is asked for it in such transactions only. The name is a
+-- domain's, because making one takes no lock that an agent's own DDL could hold against a revocation.
 create function kakunin_private.stop(p_name text) returns void
 language plpgsql volatile parallel unsafe
 as $$
 begin
-  execute format('create collation if not exists kakunin_private.%I from pg_catalog."C"', p_name);
+  if not kakunin_private.is_stopped(p_name) then
+    execute format('create domain kakunin_private.%I as boolean', p_name);
+  end if;
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes a revocation (name: serial) or suspension (name: agent id) known beyond snapshots';
+  'Makes a revocation (name: serial), suspension (agent id) or retired session key (key and its id) known beyond snapshots';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
-return to_regcollation('kakunin_private.' || quote_ident(p_name)) is not null;
+return to_regtype('kakunin_private.' || quote_ident(p_name)) is not null;
 comment on function kakunin_private.is_stopped(text) is 'Whether stop() was committed for this name, whatever the snapshot shows';
+
+create function kakunin_private.snapshot_is_fresh() returns boolean
+language sql stable parallel safe
+return current_setting('transaction_isolation') in ('read committed', 'read uncommitted');
+comment on function kakunin_private.snapshot_is_fresh() is
+  'Whether each statement takes a snapshot of its own, so that what it sees is what is committed';
 
 -- The one definition of "this certificate may be used now"; bind and every statement's check share it.
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
@@ -101,7 +109,7 @@ language sql volatile parallel safe
 return p_revoked_at is null
    and p_suspended_at is null
    and kakunin_private.clock() between p_not_before and p_not_after
-   and (current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
+   and (kakunin_private.snapshot_is_fresh()
         or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)));
 comment on function kakunin_private.is_usable(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
   'Certificate not revoked, agent not suspended, and now inside the validity';
@@ -231,7 +239,7 @@ begin
 end
 $$;
 comment on function kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[]) is
-  'Registers a certificate of an agent and returns its serial. The registrar answers for the fields it passes. For kakunin_registrar';
+  'Registers a certificate (DER, serial, RSA modulus big-endian, at most 365 days, actions such as orders:*) and returns its serial. The registrar answers for the fields. For kakunin_registrar';
 
 create function kakunin.revoke_certificate(serial text, reason text default 'unspecified') returns timestamptz
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -264,7 +272,7 @@ begin
 end
 $$;
 comment on function kakunin.revoke_certificate(text, text) is
-  'Revokes a certificate for good, with a reason of RFC 5280; returns when it was first revoked. For kakunin_operator';
+  'Revokes a certificate for good; returns when it was first revoked. Reasons are those of RFC 5280, such as keyCompromise, superseded, cessationOfOperation. For kakunin_operator';
 
 create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -290,8 +298,21 @@ begin
   update kakunin_private.agents a
      set suspended_at = null, suspended_reason = null
    where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop collation if exists kakunin_private.%I', reinstate_agent.agent_id);
+  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
   'Lifts a suspension. Revoked certificates stay revoked. For kakunin_operator';
+
+-- What an operator looks up before naming an agent or a serial. Plain views: they read the private tables
+-- with their owner's rights, and only the roles they are granted to can read them.
+create view kakunin.agents with (security_barrier = true) as
+  select a.agent_id, a.name, a.tenant, a.created_at, a.suspended_at, a.suspended_reason
+    from kakunin_private.agents a;
+comment on view kakunin.agents is 'Agents, and whether they are suspended. For kakunin_registrar, kakunin_operator, kakunin_auditor';
+
+create view kakunin.certificates with (security_barrier = true) as
+  select c.serial, c.agent_id, c.not_before, c.not_after, c.permitted_actions,
+         c.registered_at, c.registered_by, c.revoked_at, c.revocation_reason
+    from kakunin_private.certificates c;
+comment on view kakunin.certificates is 'Registered certificates. For kakunin_registrar, kakunin_operator, kakunin_auditor';

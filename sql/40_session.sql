@@ -17,8 +17,8 @@
 -- A ticket is    kkn1.<key>.<serial>.<issued>.<expires>.<mac>             (times in seconds since 1970)
 -- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
 --
--- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written:
--- the login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
+-- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written: the
+-- login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
 -- current_setting() is no use to another backend or a later transaction. A binding with s is for
 -- autocommit connections: it lasts for the session, but never longer than its ticket.
 --
@@ -60,6 +60,12 @@ comment on table kakunin_private.used_assertions is
 create table kakunin_private.gateway_logins (login name primary key);
 comment on table kakunin_private.gateway_logins is
   'Logins whose request.jwt.claims are believed, because only PostgREST connects as them';
+
+create function kakunin_private.key_is_good(p_key_id text, p_valid_until timestamptz) returns boolean
+language sql volatile parallel safe
+return coalesce(p_valid_until > kakunin_private.clock(), true)
+  and (kakunin_private.snapshot_is_fresh() or not kakunin_private.is_stopped('key ' || p_key_id));
+comment on function kakunin_private.key_is_good(text, timestamptz) is 'Whether what this key has signed still counts';
 
 create function kakunin_private.session_mac(p_inner bytea, p_outer bytea, p_message text) returns text
 language sql stable strict parallel safe
@@ -137,6 +143,18 @@ comment on function kakunin_private.new_session_key() is 'Adds the key that sign
 
 do $$ begin perform kakunin_private.new_session_key(); end $$;
 
+create function kakunin_private.no_session_key() returns void
+language plpgsql volatile parallel safe
+as $$
+begin
+  raise exception using errcode = 'KA004',
+    message = format('the session key was rotated after this %s transaction took its snapshot',
+      current_setting('transaction_isolation')),
+    hint = 'Begin another transaction.';
+end
+$$;
+comment on function kakunin_private.no_session_key() is 'Raises KA004: the key this snapshot shows has been retired';
+
 create function kakunin.rotate_session_key(grace interval default '1 hour') returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -151,15 +169,29 @@ begin
   end if;
   -- Serialises rotations; SHARE ROW EXCLUSIVE conflicts with itself and lets readers through.
   lock table kakunin_private.session_keys in share row exclusive mode;
+  perform kakunin_private.stop('key ' || k.key_id) from kakunin_private.session_keys k where k.valid_until <= v_now;
   delete from kakunin_private.session_keys k where k.valid_until <= v_now;
   -- least(): a rotation with a shorter grace also shortens that of the keys before.
   update kakunin_private.session_keys k
      set valid_until = least(coalesce(k.valid_until, 'infinity'), v_now + rotate_session_key.grace);
+  perform kakunin_private.stop('key ' || k.key_id) from kakunin_private.session_keys k where k.valid_until <= v_now;
   perform kakunin_private.new_session_key();
 end
 $$;
 comment on function kakunin.rotate_session_key(interval) is
   'Makes a new session key; what the old one signed stays good for the grace, or for nothing at 0. For kakunin_operator';
+
+create function kakunin.renew_installation() returns uuid
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update kakunin_private.installation set installation_id = gen_random_uuid();
+  perform kakunin.rotate_session_key('0');
+  return kakunin.installation_id();
+end
+$$;
+comment on function kakunin.renew_installation() is
+  'For a copy of a database: a new installation id and session key, so that no assertion, ticket or binding is good in both. Returns the id. For the owner alone';
 
 create function kakunin.set_gateway_logins(logins name[]) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -225,7 +257,7 @@ begin
         from kakunin_private.session_keys k
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
-         and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+         and kakunin_private.key_is_good(k.key_id, k.valid_until)
          and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding));
     return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
   end if;
@@ -252,7 +284,7 @@ begin
         join kakunin_private.agents a on a.agent_id = c.agent_id
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
-         and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+         and kakunin_private.key_is_good(k.key_id, k.valid_until)
          and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
          and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
     return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
@@ -282,7 +314,7 @@ begin
 end
 $$;
 comment on function kakunin.current_agent_id() is
-  'The agent of the certificate bound to this session, or NULL as current_cert_serial()';
+  'The agent of the certificate bound to this session, or NULL as current_cert_serial(). For kakunin_agent and kakunin_gateway';
 
 create function kakunin.has_scope(scope text) returns boolean
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -300,7 +332,7 @@ begin
 end
 $$;
 comment on function kakunin.has_scope(text) is
-  'Whether the bound certificate permits the action, exactly or by prefix:*; false without a binding';
+  'Whether the bound certificate permits the action, exactly or by prefix:*; false without a binding. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.require_session() returns text
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -403,7 +435,7 @@ begin
     join kakunin_private.agents a on a.agent_id = c.agent_id
    where octet_length(v_ticket) <= 250
      and k.key_id = split_part(v_ticket, '.', 2)
-     and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+     and kakunin_private.key_is_good(k.key_id, k.valid_until)
      and kakunin_private.ticket_is_genuine(k.inner_pad, k.outer_pad, v_ticket);
   if not found then
     raise exception using errcode = 'KA004',
@@ -431,7 +463,11 @@ declare
 begin
   perform kakunin_private.check_certificate(v_serial);
   select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || v_serial || '|x|0', true)
-    into strict v_binding from kakunin_private.session_keys k where k.valid_until is null;
+    into v_binding from kakunin_private.session_keys k
+   where k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+  if not found then
+    perform kakunin_private.no_session_key();
+  end if;
   return kakunin_private.bind(v_serial, v_binding, true);
 end
 $$;
@@ -598,11 +634,15 @@ begin
 
   v_now := floor(v_now);
   v_body := '.' || v_serial || '.' || v_now || '.' || floor(least(v_now + c_longest, v_until));
-  return (
-    select t.body || '.' || kakunin_private.session_mac(
-             k.inner_pad, k.outer_pad, kakunin_private.ticket_context(t.body))
-      from kakunin_private.session_keys k, lateral (select 'kkn1.' || k.key_id || v_body as body) t
-     where k.valid_until is null);
+  select t.body || '.' || kakunin_private.session_mac(
+           k.inner_pad, k.outer_pad, kakunin_private.ticket_context(t.body))
+    into v_body
+    from kakunin_private.session_keys k, lateral (select 'kkn1.' || k.key_id || v_body as body) t
+   where k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+  if not found then
+    perform kakunin_private.no_session_key();
+  end if;
+  return v_body;
 end
 $$;
 comment on function kakunin.open_session(text) is

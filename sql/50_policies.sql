@@ -175,7 +175,7 @@ begin
 end
 $$;
 comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows of their bound certificate. Can be repeated. To be called by the table''s owner';
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -222,4 +222,4 @@ begin
 end
 $$;
 comment on function kakunin.unprotect(regclass) is
-  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before. To be called by the table''s owner';
+  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner';

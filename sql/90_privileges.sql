@@ -1,8 +1,8 @@
 -- Privileges: who may call what, all in one place.
 --
 -- PUBLIC may call nothing. What a role may call is named here and nowhere else; a function that is not
--- listed belongs to the owner alone. set_gateway_logins() is such a one: who may configure which logins'
--- claims are believed can become any agent.
+-- listed belongs to the owner alone: set_gateway_logins(), because who may say whose claims are believed can
+-- become any agent, and renew_installation(), which is for a copy of a database.
 
 revoke all on all functions in schema kakunin, kakunin_private from public;
 
@@ -26,7 +26,10 @@ grant execute on function
   kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[])
   to kakunin_registrar;
 
--- protect() and unprotect() run with the caller's rights: the privilege alone protects no table.
+grant select on kakunin.agents, kakunin.certificates to kakunin_registrar, kakunin_operator, kakunin_auditor;
+
+-- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
+-- tables who is no operator is granted the two, and USAGE on schema kakunin, by name.
 grant execute on function
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
   kakunin.rotate_session_key(interval),

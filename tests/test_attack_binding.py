@@ -1863,3 +1863,21 @@ def test_g2_a_prepared_transaction_carries_no_binding(vault: Vault) -> None:
         agent.execute("prepare transaction 'bound'")
         assert one(agent, SERIAL) is None
         agent.execute("rollback prepared 'bound'")
+
+
+# Copies of a database -------------------------------------------------------------------------------
+
+
+def test_g2_a_renewed_copy_and_its_original_share_nothing(cluster: Cluster) -> None:
+    """A copy has the original's id and key until renew_installation(); its name is another at least."""
+    with fresh_database(cluster) as original:
+        agent = original.agent()
+        ticket, assertion = original.ticket(agent, "agent_1"), agent.assertion()
+        with fresh_database(cluster, template=original.name) as copy:
+            with refused("KA004"):
+                copy.run("agent_1", "select kakunin.bind_session(%s)", [ticket])
+            renewed = copy.value("installer", "select kakunin.renew_installation()")
+            assert renewed == copy.installation_id != original.installation_id
+            with refused("KA004"):
+                copy.run("agent_1", "select kakunin.open_session(%s)", [assertion])
+        assert original.value("agent_1", "select kakunin.open_session(%s)", [assertion])

@@ -474,3 +474,39 @@ def test_g3_revoked_between_the_statements_of_one_message(holder: Agent) -> None
             agent.execute("rollback")
         assert before.fetchone() == (2,)
         assert after.fetchone() == (0,)
+
+
+# Nothing an agent holds delays a revocation --------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["revoke_certificate(%(serial)s)", "suspend_agent(%(agent_id)s, 'why')"])
+def test_g3_no_lock_of_an_agent_delays_it(database: Database, call: str) -> None:
+    """DDL of its own takes the strongest catalog locks a login without rights can get."""
+    agent = database.agent()
+    with database.connect("agent_1") as attacker, database.connect("operator") as operator:
+        for statement in [
+            'create collation pg_temp.x from pg_catalog."C"',
+            "create domain pg_temp.d as boolean",
+            "create type pg_temp.e as enum ('a')",
+            "create table pg_temp.t (id int primary key)",
+            "create function pg_temp.f() returns int language sql return 1",
+            "select kakunin.open_session(%(assertion)s)",
+        ]:
+            attacker.execute(statement, {"assertion": agent.assertion()})
+        operator.execute("set lock_timeout = '2s'")
+        operator.execute(f"select kakunin.{call}", {"serial": agent.serial, "agent_id": agent.agent_id})
+
+
+@pytest.mark.parametrize("call", ["bind_session(%(ticket)s)", "open_session(%(assertion)s)"])
+def test_g2_a_key_rotated_away_is_gone_under_an_old_snapshot(database: Database, call: str) -> None:
+    agent = database.agent()
+    values = {"ticket": database.ticket(agent, "agent_1"), "assertion": agent.assertion()}
+    with database.connect("agent_1") as keeper, database.connect("agent_1") as late:
+        keeper.execute("set transaction isolation level repeatable read")
+        (snapshot,) = keeper.execute("select pg_export_snapshot()").fetchone()
+        database.run("operator", "select kakunin.rotate_session_key('0')")
+        late.execute("set transaction isolation level repeatable read")
+        late.execute(f"set transaction snapshot '{snapshot}'")
+        with pytest.raises(psycopg.Error) as caught:
+            late.execute(f"select kakunin.{call}", values)
+        assert caught.value.sqlstate == "KA004"

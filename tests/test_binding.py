@@ -168,6 +168,7 @@ async def test_g2_nothing_of_the_binding_is_left_after_the_block(client: Client,
         assert await client.rows(handle, "select pg_backend_pid()") == pid
         assert await client.rows(handle) == []
         assert await client.rows(handle, "select current_setting('kakunin.session', true)") == [""]
+        await client.rollback(handle)
     async with client.bound(vault.two.credential) as handle:
         await client.rollback(handle)
         assert await client.rows(handle) == TWO
@@ -315,6 +316,7 @@ async def test_a_gateway_binds_by_serial(kind: str, vault: Vault) -> None:
                 assert await client.rows(handle) == rows
                 await client.commit(handle)
                 assert await client.rows(handle) == rows
+                await client.commit(handle)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -390,13 +392,12 @@ def test_a_gateway_may_use_transaction_blocks_in_autocommit(vault: Vault) -> Non
 
 
 def test_g2_a_session_binding_does_not_come_back_with_a_rollback(vault: Vault) -> None:
-    """A transaction begun by hand can outlast the block; rolling it back must not restore the binding."""
+    """A transaction begun by hand is rolled back with the block: later, that would restore the binding."""
     with vault.database.connect("pooled", autocommit=True) as connection:
         with bind_agent_session(connection, vault.one.credential):
             assert len(connection.execute("select from vault").fetchall()) == 2
             connection.execute("begin")
-        assert connection.execute("select from vault").fetchall() == []
-        connection.execute("rollback")
+        assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
         assert connection.execute("select from vault").fetchall() == []
         assert type(connection.cursor()) is psycopg.Cursor
 
@@ -519,3 +520,97 @@ def test_a_server_that_goes_away_is_an_error_and_not_a_hang(vault: Vault) -> Non
             vault.database.run("postgres", "select pg_terminate_backend(%s, 10000)", [pid])
             connection.execute("select 1")
         assert connection.closed
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_g2_a_planted_prepared_statement_is_not_handed_the_ticket(vault: Vault, autocommit: bool) -> None:
+    """psycopg's names for prepared statements can be guessed, and SQL can put others under them."""
+    agent = vault.one.credential
+    with vault.database.connect("pooled", prepare_threshold=0, autocommit=autocommit) as connection:
+        with bind_agent_session(connection, vault.two.credential):
+            connection.execute("create temp table loot (ticket text)")
+            connection.execute("deallocate all")
+            for i in range(40):
+                connection.execute(f"prepare _pg3_{i}(text) as insert into loot values ($1)", prepare=False)
+            connection.commit()
+        with bind_agent_session(connection, agent):
+            connection.execute("select 1", prepare=False)
+            assert connection.execute("select * from loot", prepare=False).fetchall() == []
+
+
+@pytest.mark.parametrize(
+    "client", [k for k in KINDS if k.split("-")[1] not in [*FACTORIES, "autocommit"]], indirect=True
+)
+async def test_g2_two_agents_do_not_share_a_transaction(client: Client, vault: Vault) -> None:
+    """What the first one's SQL leaves for the commit would run under the second one's binding."""
+    async with client.bound(vault.one.credential) as handle:
+        assert await client.rows(handle) == ONE
+    with pytest.raises(kakunin_db.BadInputError, match="open transaction"):
+        async with client.bound(vault.two.credential) as handle:
+            await client.rows(handle)
+    async with client.bound(vault.one.credential) as handle:
+        assert await client.rows(handle) == ONE
+    await client.commit(client.client)
+    assert await client.rows(client.client) == []  # opens another transaction, which nobody was bound in
+    async with client.bound(vault.two.credential) as handle:
+        assert await client.rows(handle) == TWO
+
+
+def test_a_transaction_left_open_by_hand_does_not_keep_the_next_agent_out(vault: Vault) -> None:
+    dsn = vault.database.dsn("pooled")
+    with ConnectionPool(dsn, min_size=1, max_size=1, kwargs={"autocommit": True}) as pool:
+        with pytest.raises(ZeroDivisionError), bind_agent_session(pool, vault.one.credential) as connection:
+            connection.execute("select 1")
+            connection.execute("begin")
+            raise ZeroDivisionError
+        with bind_agent_session(pool, vault.two.credential) as connection:
+            cursor = psycopg.Cursor(connection)
+            assert cursor.execute("select from vault").fetchall() == []  # no hook, no binding
+            assert len(connection.execute("select from vault").fetchall()) == 2
+
+
+def test_autocommit_inside_a_transaction_block_binds_that_transaction(vault: Vault) -> None:
+    with vault.database.connect("pooled", autocommit=True) as connection:
+        with connection.transaction():
+            with bind_agent_session(connection, vault.one.credential):
+                assert len(connection.execute("select from vault").fetchall()) == 2
+            assert connection.execute("select from vault").fetchall() == []
+        assert connection.execute("select from vault").fetchall() == []
+
+
+async def test_g2_asyncpg_keeps_no_statement_of_the_binder(vault: Vault) -> None:
+    """Under a name kept for later, SQL on the connection could put a statement that takes the ticket."""
+    async with Client("asyncpg-connection", vault.database, "pooled") as client:
+        named = "select name from pg_prepared_statements where statement ~ 'kakunin' order by prepare_time"
+        async with client.bound(vault.one.credential) as handle:
+            before = set(await client.rows(handle, named))
+            await client.commit(handle)
+            thief = (
+                "do $$ declare n text; begin for n in select name from pg_prepared_statements"
+                " where statement ~ 'bind_session' loop execute format('deallocate %I', n);"
+                " execute format('prepare %I(text) as select set_config(''stolen.ticket'', $1, false)', n);"
+                " end loop; end $$"
+            )
+            await client.run(handle, thief)
+            await client.commit(handle)
+        assert before
+        async with client.bound(vault.one.credential) as handle:
+            assert await client.rows(handle) == ONE
+            assert await client.rows(handle, "select current_setting('stolen.ticket', true)") == [None]
+
+
+def test_a_binding_that_answers_for_another_closes_the_connection(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kakunin_db.binding.bearer.BIND_TICKET", "select coalesce('AA:BB', %s)")
+    with vault.database.connect("pooled") as connection:
+        with pytest.raises(kakunin_db.CredentialRejectedError, match="in place of"):
+            with bind_agent_session(connection, vault.one.credential):
+                connection.execute("select 1")
+
+
+def test_client_encoding_left_by_sql_does_not_break_the_next_binding(vault: Vault) -> None:
+    with vault.database.connect("pooled", autocommit=True) as connection:
+        connection.execute("set client_encoding = 'SQL_ASCII'")
+        with bind_agent_session(connection, vault.one.credential):
+            assert len(connection.execute("select from vault").fetchall()) == 2

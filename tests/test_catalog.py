@@ -66,9 +66,15 @@ def test_only_the_owner_reaches_the_private_schema(catalog: Catalog) -> None:
 
 
 def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
-    assert (
-        catalog("select c.relname from RELATIONS c, aclexplode(relacl) g where g.grantee <> relowner") == []
+    """But for SELECT on the two views that are there to look things up."""
+    granted = (
+        "select c.relname || ' ' || g.grantee::regrole || ' ' || g.privilege_type"
+        " from RELATIONS c, aclexplode(relacl) g where g.grantee <> relowner"
     )
+    readers = ["kakunin_auditor", "kakunin_operator", "kakunin_registrar"]
+    assert sorted(catalog(granted)) == [
+        f"{view} {role} SELECT" for view in ("agents", "certificates") for role in readers
+    ]
     columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
     assert catalog(columns) == []
     readable = (
@@ -424,6 +430,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.set_gateway_logins('{authenticator}')", []),
             ("select kakunin.set_gateway_logins('{nobody_at_all}')", []),
             ("select kakunin.set_gateway_logins('{}')", []),
+            ("select kakunin.renew_installation() is null", []),
         ],
     }[login]  # fmt: skip
 

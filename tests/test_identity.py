@@ -599,6 +599,7 @@ MAY_CALL = {
     "protect(regclass,name,name[],text,boolean,boolean)": {"operator"},
     "unprotect(regclass)": {"operator"},
     "set_gateway_logins(name[])": set(),
+    "renew_installation()": set(),
 }
 
 
@@ -974,3 +975,15 @@ def test_bad_input_is_also_a_value_error() -> None:
 def test_the_authority_issues_nothing_that_registration_would_refuse(wrong: dict[str, Any]) -> None:
     with pytest.raises(errors.BadInputError):
         issue(**wrong)
+
+
+def test_operators_look_agents_and_certificates_up_and_agents_do_not(database: Database) -> None:
+    agent = database.agent("looked up", permitted_actions=["a:b"])
+    for login in ("operator", "registrar"):
+        assert database.value(login, "select name from kakunin.agents where agent_id = %s", [agent.agent_id])
+        found = "select permitted_actions from kakunin.certificates where serial = %s"
+        assert database.value(login, found, [agent.serial]) == ["a:b"]
+    for login in ("agent_1", "gateway", "stranger"):
+        for view in ("agents", "certificates"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                database.run(login, f"select from kakunin.{view}")

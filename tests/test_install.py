@@ -609,7 +609,8 @@ def test_refused_downgrade_is_one_line(empty: Empty, capsys: pytest.CaptureFixtu
     assert (status, out) == (1, "")
     assert err == (
         "kakunin-db: the kit is in use outside its schemas: view public.v (KA010)."
-        " Take them off with kakunin.unprotect(table), or drop them; then downgrade again.\n"
+        " Revoke the agents' privileges on each table, take its policies off with"
+        " kakunin.unprotect(table), or drop what is listed; then downgrade again.\n"
     )
 
 

@@ -13,6 +13,8 @@ import pytest
 from cluster import Cluster
 from conftest import Agent, Database, fresh_database
 
+from kakunin_db import CredentialRejectedError, bind_agent_session
+
 COUNT = "select count(*) from vault"
 SERIAL = "select kakunin.current_cert_serial()"
 REQUIRE = "select kakunin.require_session()"
@@ -218,3 +220,19 @@ def test_g1_a_standby_writes_nothing(replicated: Replicated) -> None:
                 connection.execute("select kakunin.bind_session(%s)", [ticket])
             with refused("25006"):
                 connection.execute(statement)
+
+
+def test_g1_a_credential_bound_on_the_primary_binds_on_the_standby(replicated: Replicated) -> None:
+    """bind_agent_session() keeps its ticket by installation and login, so both hosts share it."""
+    credential = replicated.agent().credential
+    replicated.caught_up()
+    with replicated.replica.connect("agent_1") as reader:
+        with (
+            pytest.raises(CredentialRejectedError, match="read-only"),
+            bind_agent_session(reader, credential),
+        ):
+            reader.execute(COUNT)
+        with replicated.primary.connect("agent_1") as writer, bind_agent_session(writer, credential):
+            assert writer.execute(COUNT).fetchone() == (2,)
+        with bind_agent_session(reader, credential):
+            assert reader.execute(COUNT).fetchone() == (2,)

@@ -22,7 +22,9 @@ OPEN: Final = "select kakunin.open_session(%s)"
 BIND_TICKET: Final = "select kakunin.bind_session(%s)"
 BIND_TICKET_TO_SESSION: Final = "select kakunin.bind_session(%s, false)"
 BIND_SERIAL: Final = "select kakunin.bind_serial(%s)"
-UNBIND: Final = "select kakunin.unbind_session()"
+# Transactions are told apart by their start.
+TRANSACTION: Final = "select extract(epoch from transaction_timestamp())::text"
+UNBIND: Final = f"{TRANSACTION} from kakunin.unbind_session()"
 
 # A ticket is renewed once this much of its life is over, so that none expires between being sent and
 # being checked.
@@ -35,8 +37,28 @@ class Query:
 
     sql: str
     parameter: str | None = None
-    # The first statement of a transaction: it can share BEGIN's round trip, for its value is not wanted.
+    # The first statement of a transaction, which can share BEGIN's round trip.
     with_begin: bool = False
+    # What it must answer, when something else could have been put in its place.
+    expected: str | None = None
+
+
+def check_answer(query: Query, answer: Any) -> None:
+    """Raises CredentialRejectedError when the server answered a binding with another serial."""
+    given = answer.decode() if isinstance(answer, bytes) else answer
+    if query.expected is not None and given != query.expected:
+        raise CredentialRejectedError(
+            f"the connection was bound to {given!r} in place of {query.expected}",
+            "SQL that ran on this connection before has changed what its statements do: close it.",
+        )
+
+
+@dataclass(frozen=True)
+class Left:
+    """Whom a block bound that ended inside an open transaction, and which transaction that was."""
+
+    serial: str
+    transaction: str
 
 
 @dataclass(frozen=True)
@@ -95,6 +117,8 @@ class Bearer:
         for_here = installation
         assertion = yield lambda: credential.assertion(for_here)
         text = yield Query(OPEN, assertion)
+        if isinstance(text, bytes):  # what psycopg gives where SQL has set client_encoding to SQL_ASCII
+            text = text.decode()
         _, _, _, issued, expires, _ = text.split(".")
         lifetime = int(expires) - int(issued)  # both by the server's clock, so the client's may be off
         cache.put(installation, login, Ticket(text, started + lifetime * _RENEW_AFTER))
@@ -102,14 +126,15 @@ class Bearer:
     def bind(self, address: str, login: str, *, to_session: bool = False, with_begin: bool = False) -> Query:
         """The statement that binds; a ticket must be in the cache."""
         if self.credential is None:
-            return Query(BIND_SERIAL, self.serial, with_begin)
+            return Query(BIND_SERIAL, self.serial, with_begin, self.serial)
         ticket = self.cached(address, login)
         if ticket is None:
             raise CredentialRejectedError(
                 "the ticket is too short-lived to bind with",
                 "The certificate is about to expire: certify the agent anew.",
             )
-        return Query(BIND_TICKET_TO_SESSION if to_session else BIND_TICKET, ticket.text, with_begin)
+        sql = BIND_TICKET_TO_SESSION if to_session else BIND_TICKET
+        return Query(sql, ticket.text, with_begin, self.serial)
 
     def forget(self, query: Query) -> bool:
         """Drops a ticket the server refused; True where a new one may do better."""

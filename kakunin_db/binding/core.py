@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ..errors import BadInputError, CredentialRejectedError, named
 from ..tickets import Ticket
-from .bearer import UNBIND, Bearer, Query, Rollback, SetAutocommit, Steps
+from .bearer import TRANSACTION, UNBIND, Bearer, Left, Query, Rollback, SetAutocommit, Steps
 
 
 class Channel(Protocol):
@@ -43,8 +43,9 @@ class Core:
         self.channel = channel
         self.bearer = bearer
         self.in_block = False  # inside a transaction block that was bound as it began
+        self.left: Left | None = None  # after leave()
         self._session_ticket: Ticket | None = None
-        self._session_touched = False  # whether a binding of the session, not of a transaction, was ever made
+        self._session_touched = False  # whether the session, not a transaction, was ever bound
 
     def refresh(self) -> Steps:
         """Leaves a fresh ticket in the cache. Outside a transaction the exchange commits by itself."""
@@ -74,6 +75,21 @@ class Core:
             yield from self.refresh()
             yield self._bind(with_begin=True)
 
+    def enter_transaction(self, left: Left | None) -> Steps:
+        """Binds the transaction that is open as the block begins, unless another agent was bound in it.
+
+        What that one's SQL has left for the commit (deferred triggers, held cursors) would run for this one.
+        """
+        if left is not None and left.serial != self.bearer.serial:
+            transaction = yield Query(TRANSACTION)
+            if transaction == left.transaction:
+                raise BadInputError(
+                    f"the open transaction was bound to {left.serial} before",
+                    "Commit it or roll it back first.",
+                )
+        yield from self.bind_here()
+        self.in_block = self.channel.autocommit
+
     def bind_here(self) -> Steps:
         """Binds the transaction that is open already."""
         yield from self.refresh()
@@ -87,6 +103,7 @@ class Core:
     def before_statement(self) -> Steps:
         """Before any statement: makes sure the transaction it will run in is bound."""
         channel = self.channel
+        self.in_block = self.in_block and not channel.idle
         if self.in_block or channel.failed:
             return
         if not channel.autocommit:
@@ -121,25 +138,23 @@ class Core:
         self._session_ticket = ticket if idle else None
 
     def leave(self) -> Steps:
-        """Takes the binding off. Afterwards `settled` says whether it is off for good."""
+        """Takes the binding off."""
         channel = self.channel
-        self._session_ticket = None
         if channel.closed:
-            self._session_touched = False
             return
-        if channel.failed:
+        # A failed transaction can only be rolled back. So must one begun by hand on an autocommit
+        # connection be: rolled back later, it would bring the session's binding back.
+        if channel.failed or (self._session_touched and not channel.idle):
             yield Rollback()
-        if not channel.idle or self._session_touched:
-            settles = channel.idle
-            if not channel.failed:
-                yield Query(UNBIND)
-            if settles:
-                self._session_touched = False
-
-    @property
-    def settled(self) -> bool:
-        """False while a rollback of the present transaction could bring the session's binding back."""
-        return not self._session_touched
+        if self._session_touched or not (channel.idle or channel.failed):
+            transaction = yield Query(UNBIND)
+            if not channel.idle:
+                self.left = Left(self.bearer.serial, transaction)
+        if self._session_touched and not channel.idle:
+            raise BadInputError(
+                "a binding of the session cannot be taken off inside a transaction block",
+                "End the block of conn.transaction() first.",
+            )
 
     def _outdated(self, error: Exception, query: Query) -> bool:
         """Whether the server refused a ticket that a new one may replace."""

@@ -23,7 +23,7 @@ from psycopg.rows import tuple_row
 from psycopg.waiting import Wait
 
 from ..errors import BadInputError, named
-from .bearer import Bearer, Query, Rollback, SetAutocommit, Steps
+from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, check_answer
 from .core import Core
 
 _AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
@@ -97,6 +97,7 @@ def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[None]:
     sql, parameters = _arguments(query)
     pgconn = connection.pgconn
     refusal: psycopg.Error | None = None
+    answer: bytes | None = None
     pgconn.enter_pipeline_mode()
     pgconn.send_query_params(" ".join(begin).encode(), None)
     pgconn.send_query_params(sql.replace(b"%s", b"$1"), [p.encode() for p in parameters])
@@ -116,9 +117,12 @@ def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[None]:
             break
         if result.status == pq.ExecStatus.FATAL_ERROR:
             refusal = psycopg.errors.error_from_result(result)
+        elif result.status == pq.ExecStatus.TUPLES_OK:
+            answer = result.get_value(0, 0)
     pgconn.exit_pipeline_mode()
     if refusal is not None:
         raise refusal
+    check_answer(query, answer)
 
 
 def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
@@ -134,17 +138,20 @@ def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
                 connection.rollback()
         elif isinstance(step, Query):
             # psycopg's own cursor, not the connection's class: that one is hooked, and might put the
-            # parameter into the statement's text, where pg_stat_activity shows it.
+            # parameter into the statement's text, where pg_stat_activity shows it. Never prepared: SQL that
+            # ran on this connection before could have put another statement under psycopg's name for it,
+            # and would be handed the ticket.
             cursor = psycopg.Cursor(connection, row_factory=tuple_row)
             if step.with_begin and channel.can_begin:
                 with connection.lock:
                     connection.wait(_begin_and(connection, step))
             else:
-                cursor.execute(*_arguments(step))
+                cursor.execute(*_arguments(step), prepare=False)
                 # In the caller's pipeline nobody waits: an error reaches the caller's next statement.
                 if not (step.with_begin and channel.pipelining):
-                    row = cursor.fetchone()
-                    return None if row is None else row[0]
+                    (answer,) = cursor.fetchone() or (None,)
+                    check_answer(step, answer)
+                    return answer
         else:
             return step()
         return None
@@ -180,10 +187,11 @@ async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> N
                 async with connection.lock:
                     await connection.wait(_begin_and(connection, step))
             else:
-                await cursor.execute(*_arguments(step))
+                await cursor.execute(*_arguments(step), prepare=False)
                 if not (step.with_begin and channel.pipelining):
-                    row = await cursor.fetchone()
-                    return None if row is None else row[0]
+                    (answer,) = await cursor.fetchone() or (None,)
+                    check_answer(step, answer)
+                    return answer
         else:
             return await asyncio.to_thread(step)
         return None
@@ -210,7 +218,6 @@ class _Hooks:
         self.connection = connection
         self.channel = PsycopgChannel(connection)
         self.core = Core(self.channel, bearer)
-        self.ended = False
 
     def install(self) -> None:
         connection = self.connection
@@ -235,7 +242,10 @@ class _Hooks:
         connection = self.connection
         connection.cursor_factory, connection.server_cursor_factory = self._factories
         del connection.transaction
-        del connection._kakunin_binding
+        connection._kakunin_binding = None
+
+    def left_before(self) -> Left | None:
+        return getattr(self.connection, "_kakunin_left", None)
 
     def _hooked(self, factory: Any) -> Any:
         raise NotImplementedError
@@ -251,7 +261,7 @@ class Binding(_Hooks):
         self.install()
         try:
             if not self.channel.idle:
-                run(self.connection, self.core.bind_here())
+                run(self.connection, self.core.enter_transaction(self.left_before()))
         except BaseException:
             self.uninstall()
             raise
@@ -260,32 +270,27 @@ class Binding(_Hooks):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ended = True
+        self.uninstall()
         try:
             run(self.connection, self.core.leave())
+            self.connection._kakunin_left = self.core.left
         except BaseException:
             self.connection.close()  # better no connection than one that may still be bound
             if error is None:
                 raise
-        if self.core.settled:
-            self.uninstall()
         if isinstance(error, psycopg.Error) and named(error) is not None:
             raise _raise(error)
 
     def before_statement(self) -> None:
-        if not self.ended:
+        # A cursor made inside the block may be used after it.
+        if self.connection._kakunin_binding is self:
             run(self.connection, self.core.before_statement())
-        elif self.channel.idle:
-            run(self.connection, self.core.leave())
-            self.uninstall()
 
     @contextlib.contextmanager
     def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> Iterator[psycopg.Transaction]:
-        outermost = self.channel.idle and not self.ended
-        if self.ended:
-            self.before_statement()
+        outermost = self.channel.idle
         if outermost:
             run(self.connection, self.core.refresh())
         with self._transaction(savepoint_name, force_rollback) as transaction:
@@ -331,7 +336,7 @@ class AsyncBinding(_Hooks):
         self.install()
         try:
             if not self.channel.idle:
-                await run_async(self.connection, self.core.bind_here())
+                await run_async(self.connection, self.core.enter_transaction(self.left_before()))
         except BaseException:
             self.uninstall()
             raise
@@ -340,32 +345,26 @@ class AsyncBinding(_Hooks):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ended = True
+        self.uninstall()
         try:
             await run_async(self.connection, self.core.leave())
+            self.connection._kakunin_left = self.core.left
         except BaseException:
             await self.connection.close()
             if error is None:
                 raise
-        if self.core.settled:
-            self.uninstall()
         if isinstance(error, psycopg.Error) and named(error) is not None:
             raise _raise(error)
 
     async def before_statement(self) -> None:
-        if not self.ended:
+        if self.connection._kakunin_binding is self:
             await run_async(self.connection, self.core.before_statement())
-        elif self.channel.idle:
-            await run_async(self.connection, self.core.leave())
-            self.uninstall()
 
     @contextlib.asynccontextmanager
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncIterator[psycopg.AsyncTransaction]:
-        outermost = self.channel.idle and not self.ended
-        if self.ended:
-            await self.before_statement()
+        outermost = self.channel.idle
         if outermost:
             await run_async(self.connection, self.core.refresh())
         async with self._transaction(savepoint_name, force_rollback) as transaction:

@@ -9,6 +9,7 @@ refused.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from sqlalchemy.util import await_only
 
 from ..errors import BadInputError, named
 from . import psycopg_
-from .bearer import Bearer, Query, Rollback, SetAutocommit, Steps
+from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, check_answer
 from .core import Channel, Core
 
 
@@ -59,17 +60,20 @@ class _AsyncpgChannel:
             self._failed = False
         elif isinstance(step, Query):
             cursor = self._adapted.cursor()
+            # asyncpg prepares what it sends and keeps it by its text. A text that never comes again is
+            # never looked up under a name that SQL on this connection could have put a statement of its
+            # own under, to be handed the ticket.
+            text = step.sql.replace("%s", "$1") + f" -- {secrets.token_hex(8)}"
             try:
-                cursor.execute(
-                    step.sql.replace("%s", "$1"), () if step.parameter is None else (step.parameter,)
-                )
-                row = cursor.fetchone()
+                cursor.execute(text, () if step.parameter is None else (step.parameter,))
+                (answer,) = cursor.fetchone() or (None,)
             except Exception:
                 self._failed = not self.idle
                 raise
             finally:
                 cursor.close()
-            return None if row is None else row[0]
+            check_answer(step, answer)
+            return answer
         else:
             return step()
         return None
@@ -123,7 +127,7 @@ def _channel(connection: Connection) -> tuple[Channel, Any]:
 def _bind(connection: Connection, bearer: Bearer) -> None:
     channel, run = _channel(connection)
     core = Core(channel, bearer)
-    run(core.begin() if channel.idle else core.bind_here())
+    run(core.begin() if channel.idle else core.enter_transaction(_left.get(connection)))
 
 
 def _unbind(connection: Connection, bearer: Bearer) -> None:
@@ -134,8 +138,11 @@ def _unbind(connection: Connection, bearer: Bearer) -> None:
     # A failed transaction can only be rolled back, by whoever began it, and the binding goes with it.
     if channel.failed:
         return
+    core = Core(channel, bearer)
     try:
-        run(Core(channel, bearer).leave())
+        run(core.leave())
+        if core.left is not None:
+            _left[connection] = core.left
     except Exception as error:
         # asyncpg does not tell beforehand that a transaction has failed.
         if getattr(getattr(error, "orig", error), "sqlstate", None) != "25P02":
@@ -156,6 +163,10 @@ def _named_errors() -> Iterator[None]:
 # Objects bound now. Not kept in Connection.info, which belongs to the pooled connection below and outlives
 # the block.
 _bound: weakref.WeakSet[Connection | Session] = weakref.WeakSet()
+
+
+# What the last block left, where a transaction was open as it ended.
+_left: weakref.WeakKeyDictionary[Connection, Left] = weakref.WeakKeyDictionary()
 
 
 def _mark(target: Connection | Session) -> None:

@@ -326,23 +326,31 @@ comment on column kakunin_private.certificates.public_key_modulus is
 
 -- Stops: a transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) does not see a revocation
 -- committed since, and SET TRANSACTION SNAPSHOT hands an old snapshot to ever new transactions. But names in
--- the catalog are looked up as committed, whatever the snapshot. So every revocation and suspension also
--- leaves a name there: a collation, which is one catalog row and nothing else. Asked for in such
--- transactions only.
+-- the catalog are looked up as committed, whatever the snapshot. So every revocation, suspension and
+-- retired session key also leaves a name there, and is asked for it in such transactions only. The name is a
+-- domain's, because making one takes no lock that an agent's own DDL could hold against a revocation.
 create function kakunin_private.stop(p_name text) returns void
 language plpgsql volatile parallel unsafe
 as $$
 begin
-  execute format('create collation if not exists kakunin_private.%I from pg_catalog."C"', p_name);
+  if not kakunin_private.is_stopped(p_name) then
+    execute format('create domain kakunin_private.%I as boolean', p_name);
+  end if;
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes a revocation (name: serial) or suspension (name: agent id) known beyond snapshots';
+  'Makes a revocation (name: serial), suspension (agent id) or retired session key (key and its id) known beyond snapshots';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
-return to_regcollation('kakunin_private.' || quote_ident(p_name)) is not null;
+return to_regtype('kakunin_private.' || quote_ident(p_name)) is not null;
 comment on function kakunin_private.is_stopped(text) is 'Whether stop() was committed for this name, whatever the snapshot shows';
+
+create function kakunin_private.snapshot_is_fresh() returns boolean
+language sql stable parallel safe
+return current_setting('transaction_isolation') in ('read committed', 'read uncommitted');
+comment on function kakunin_private.snapshot_is_fresh() is
+  'Whether each statement takes a snapshot of its own, so that what it sees is what is committed';
 
 -- The one definition of "this certificate may be used now"; bind and every statement's check share it.
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
@@ -355,7 +363,7 @@ language sql volatile parallel safe
 return p_revoked_at is null
    and p_suspended_at is null
    and kakunin_private.clock() between p_not_before and p_not_after
-   and (current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
+   and (kakunin_private.snapshot_is_fresh()
         or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)));
 comment on function kakunin_private.is_usable(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
   'Certificate not revoked, agent not suspended, and now inside the validity';
@@ -485,7 +493,7 @@ begin
 end
 $$;
 comment on function kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[]) is
-  'Registers a certificate of an agent and returns its serial. The registrar answers for the fields it passes. For kakunin_registrar';
+  'Registers a certificate (DER, serial, RSA modulus big-endian, at most 365 days, actions such as orders:*) and returns its serial. The registrar answers for the fields. For kakunin_registrar';
 
 create function kakunin.revoke_certificate(serial text, reason text default 'unspecified') returns timestamptz
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -518,7 +526,7 @@ begin
 end
 $$;
 comment on function kakunin.revoke_certificate(text, text) is
-  'Revokes a certificate for good, with a reason of RFC 5280; returns when it was first revoked. For kakunin_operator';
+  'Revokes a certificate for good; returns when it was first revoked. Reasons are those of RFC 5280, such as keyCompromise, superseded, cessationOfOperation. For kakunin_operator';
 
 create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -544,11 +552,24 @@ begin
   update kakunin_private.agents a
      set suspended_at = null, suspended_reason = null
    where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop collation if exists kakunin_private.%I', reinstate_agent.agent_id);
+  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
   'Lifts a suspension. Revoked certificates stay revoked. For kakunin_operator';
+
+-- What an operator looks up before naming an agent or a serial. Plain views: they read the private tables
+-- with their owner's rights, and only the roles they are granted to can read them.
+create view kakunin.agents with (security_barrier = true) as
+  select a.agent_id, a.name, a.tenant, a.created_at, a.suspended_at, a.suspended_reason
+    from kakunin_private.agents a;
+comment on view kakunin.agents is 'Agents, and whether they are suspended. For kakunin_registrar, kakunin_operator, kakunin_auditor';
+
+create view kakunin.certificates with (security_barrier = true) as
+  select c.serial, c.agent_id, c.not_before, c.not_after, c.permitted_actions,
+         c.registered_at, c.registered_by, c.revoked_at, c.revocation_reason
+    from kakunin_private.certificates c;
+comment on view kakunin.certificates is 'Registered certificates. For kakunin_registrar, kakunin_operator, kakunin_auditor';
 
 -- Sessions: how a connection proves which certificate it works for, and how policies ask.
 --
@@ -569,8 +590,8 @@ comment on function kakunin.reinstate_agent(uuid) is
 -- A ticket is    kkn1.<key>.<serial>.<issued>.<expires>.<mac>             (times in seconds since 1970)
 -- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
 --
--- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written:
--- the login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
+-- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written: the
+-- login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
 -- current_setting() is no use to another backend or a later transaction. A binding with s is for
 -- autocommit connections: it lasts for the session, but never longer than its ticket.
 --
@@ -612,6 +633,12 @@ comment on table kakunin_private.used_assertions is
 create table kakunin_private.gateway_logins (login name primary key);
 comment on table kakunin_private.gateway_logins is
   'Logins whose request.jwt.claims are believed, because only PostgREST connects as them';
+
+create function kakunin_private.key_is_good(p_key_id text, p_valid_until timestamptz) returns boolean
+language sql volatile parallel safe
+return coalesce(p_valid_until > kakunin_private.clock(), true)
+  and (kakunin_private.snapshot_is_fresh() or not kakunin_private.is_stopped('key ' || p_key_id));
+comment on function kakunin_private.key_is_good(text, timestamptz) is 'Whether what this key has signed still counts';
 
 create function kakunin_private.session_mac(p_inner bytea, p_outer bytea, p_message text) returns text
 language sql stable strict parallel safe
@@ -689,6 +716,18 @@ comment on function kakunin_private.new_session_key() is 'Adds the key that sign
 
 do $$ begin perform kakunin_private.new_session_key(); end $$;
 
+create function kakunin_private.no_session_key() returns void
+language plpgsql volatile parallel safe
+as $$
+begin
+  raise exception using errcode = 'KA004',
+    message = format('the session key was rotated after this %s transaction took its snapshot',
+      current_setting('transaction_isolation')),
+    hint = 'Begin another transaction.';
+end
+$$;
+comment on function kakunin_private.no_session_key() is 'Raises KA004: the key this snapshot shows has been retired';
+
 create function kakunin.rotate_session_key(grace interval default '1 hour') returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -703,15 +742,29 @@ begin
   end if;
   -- Serialises rotations; SHARE ROW EXCLUSIVE conflicts with itself and lets readers through.
   lock table kakunin_private.session_keys in share row exclusive mode;
+  perform kakunin_private.stop('key ' || k.key_id) from kakunin_private.session_keys k where k.valid_until <= v_now;
   delete from kakunin_private.session_keys k where k.valid_until <= v_now;
   -- least(): a rotation with a shorter grace also shortens that of the keys before.
   update kakunin_private.session_keys k
      set valid_until = least(coalesce(k.valid_until, 'infinity'), v_now + rotate_session_key.grace);
+  perform kakunin_private.stop('key ' || k.key_id) from kakunin_private.session_keys k where k.valid_until <= v_now;
   perform kakunin_private.new_session_key();
 end
 $$;
 comment on function kakunin.rotate_session_key(interval) is
   'Makes a new session key; what the old one signed stays good for the grace, or for nothing at 0. For kakunin_operator';
+
+create function kakunin.renew_installation() returns uuid
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update kakunin_private.installation set installation_id = gen_random_uuid();
+  perform kakunin.rotate_session_key('0');
+  return kakunin.installation_id();
+end
+$$;
+comment on function kakunin.renew_installation() is
+  'For a copy of a database: a new installation id and session key, so that no assertion, ticket or binding is good in both. Returns the id. For the owner alone';
 
 create function kakunin.set_gateway_logins(logins name[]) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -777,7 +830,7 @@ begin
         from kakunin_private.session_keys k
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
-         and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+         and kakunin_private.key_is_good(k.key_id, k.valid_until)
          and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding));
     return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
   end if;
@@ -804,7 +857,7 @@ begin
         join kakunin_private.agents a on a.agent_id = c.agent_id
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
-         and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+         and kakunin_private.key_is_good(k.key_id, k.valid_until)
          and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
          and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
     return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
@@ -834,7 +887,7 @@ begin
 end
 $$;
 comment on function kakunin.current_agent_id() is
-  'The agent of the certificate bound to this session, or NULL as current_cert_serial()';
+  'The agent of the certificate bound to this session, or NULL as current_cert_serial(). For kakunin_agent and kakunin_gateway';
 
 create function kakunin.has_scope(scope text) returns boolean
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -852,7 +905,7 @@ begin
 end
 $$;
 comment on function kakunin.has_scope(text) is
-  'Whether the bound certificate permits the action, exactly or by prefix:*; false without a binding';
+  'Whether the bound certificate permits the action, exactly or by prefix:*; false without a binding. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.require_session() returns text
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -955,7 +1008,7 @@ begin
     join kakunin_private.agents a on a.agent_id = c.agent_id
    where octet_length(v_ticket) <= 250
      and k.key_id = split_part(v_ticket, '.', 2)
-     and (k.valid_until is null or k.valid_until > kakunin_private.clock())
+     and kakunin_private.key_is_good(k.key_id, k.valid_until)
      and kakunin_private.ticket_is_genuine(k.inner_pad, k.outer_pad, v_ticket);
   if not found then
     raise exception using errcode = 'KA004',
@@ -983,7 +1036,11 @@ declare
 begin
   perform kakunin_private.check_certificate(v_serial);
   select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || v_serial || '|x|0', true)
-    into strict v_binding from kakunin_private.session_keys k where k.valid_until is null;
+    into v_binding from kakunin_private.session_keys k
+   where k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+  if not found then
+    perform kakunin_private.no_session_key();
+  end if;
   return kakunin_private.bind(v_serial, v_binding, true);
 end
 $$;
@@ -1150,11 +1207,15 @@ begin
 
   v_now := floor(v_now);
   v_body := '.' || v_serial || '.' || v_now || '.' || floor(least(v_now + c_longest, v_until));
-  return (
-    select t.body || '.' || kakunin_private.session_mac(
-             k.inner_pad, k.outer_pad, kakunin_private.ticket_context(t.body))
-      from kakunin_private.session_keys k, lateral (select 'kkn1.' || k.key_id || v_body as body) t
-     where k.valid_until is null);
+  select t.body || '.' || kakunin_private.session_mac(
+           k.inner_pad, k.outer_pad, kakunin_private.ticket_context(t.body))
+    into v_body
+    from kakunin_private.session_keys k, lateral (select 'kkn1.' || k.key_id || v_body as body) t
+   where k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+  if not found then
+    perform kakunin_private.no_session_key();
+  end if;
+  return v_body;
 end
 $$;
 comment on function kakunin.open_session(text) is
@@ -1337,7 +1398,7 @@ begin
 end
 $$;
 comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows of their bound certificate. Can be repeated. To be called by the table''s owner';
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -1384,13 +1445,13 @@ begin
 end
 $$;
 comment on function kakunin.unprotect(regclass) is
-  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before. To be called by the table''s owner';
+  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner';
 
 -- Privileges: who may call what, all in one place.
 --
 -- PUBLIC may call nothing. What a role may call is named here and nowhere else; a function that is not
--- listed belongs to the owner alone. set_gateway_logins() is such a one: who may configure which logins'
--- claims are believed can become any agent.
+-- listed belongs to the owner alone: set_gateway_logins(), because who may say whose claims are believed can
+-- become any agent, and renew_installation(), which is for a copy of a database.
 
 revoke all on all functions in schema kakunin, kakunin_private from public;
 
@@ -1414,7 +1475,10 @@ grant execute on function
   kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[])
   to kakunin_registrar;
 
--- protect() and unprotect() run with the caller's rights: the privilege alone protects no table.
+grant select on kakunin.agents, kakunin.certificates to kakunin_registrar, kakunin_operator, kakunin_auditor;
+
+-- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
+-- tables who is no operator is granted the two, and USAGE on schema kakunin, by name.
 grant execute on function
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
   kakunin.rotate_session_key(interval),
