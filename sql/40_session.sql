@@ -18,9 +18,10 @@
 -- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
 --
 -- Both MACs are HMAC-SHA256 under a key in session_keys. What they cover is more than what is written: the
--- login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a ticket is no use to another login, and a binding copied out of
--- current_setting() is no use to another backend or a later transaction. A binding with s is for
--- autocommit connections: it lasts for the session, but never longer than its ticket.
+-- login and the database; the binding's also the backend's pid and, with x, the transaction's start. So a
+-- ticket is no use to another login, and a binding copied out of current_setting() is no use to another
+-- backend or a later transaction. A binding with s is for autocommit connections: it lasts for the session,
+-- but never longer than its ticket.
 --
 -- A transaction is told by its backend and its start time. Several transactions packed into one
 -- simple-query message share that start, so whoever sent that one message could keep its binding from one

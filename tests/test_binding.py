@@ -599,14 +599,22 @@ async def test_g2_asyncpg_keeps_no_statement_of_the_binder(vault: Vault) -> None
             assert await client.rows(handle, "select current_setting('stolen.ticket', true)") == [None]
 
 
-def test_a_binding_that_answers_for_another_closes_the_connection(
-    vault: Vault, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "client", [k for k in KINDS if k.startswith("psycopg") and "autocommit" not in k], indirect=True
+)
+async def test_g2_a_connection_that_answers_for_another_is_closed(
+    client: Client, vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kakunin_db.binding.bearer.BIND_TICKET", "select coalesce('AA:BB', %s)")
-    with vault.database.connect("pooled") as connection:
-        with pytest.raises(kakunin_db.CredentialRejectedError, match="in place of"):
-            with bind_agent_session(connection, vault.one.credential):
-                connection.execute("select 1")
+    with pytest.raises(kakunin_db.CredentialRejectedError, match="in place of"):
+        async with client.bound(vault.one.credential) as handle:
+            await client.rows(handle, "select 1")
+    monkeypatch.undo()
+    if client.kind == "connection":
+        assert client.client.closed
+    else:  # the pool makes another
+        async with client.bound(vault.one.credential) as handle:
+            assert await client.rows(handle) == ONE
 
 
 def test_client_encoding_left_by_sql_does_not_break_the_next_binding(vault: Vault) -> None:

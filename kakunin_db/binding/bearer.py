@@ -43,14 +43,15 @@ class Query:
     expected: str | None = None
 
 
-def check_answer(query: Query, answer: Any) -> None:
-    """Raises CredentialRejectedError when the server answered a binding with another serial."""
+def wrong_answer(query: Query, answer: Any) -> CredentialRejectedError | None:
+    """The error for a connection that answered a binding with another serial, and must be closed."""
     given = answer.decode() if isinstance(answer, bytes) else answer
-    if query.expected is not None and given != query.expected:
-        raise CredentialRejectedError(
-            f"the connection was bound to {given!r} in place of {query.expected}",
-            "SQL that ran on this connection before has changed what its statements do: close it.",
-        )
+    if query.expected in (None, given):
+        return None
+    return CredentialRejectedError(
+        f"the connection was bound to {given!r} in place of {query.expected}, and has been closed",
+        "SQL that ran on it before has changed what its statements do. Give that agent a login of its own.",
+    )
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,7 @@ class Core:
         try:
             yield query
         except Exception as error:
-            if (
-                not idle
-                or not isinstance(named(error), CredentialRejectedError)
-                or not self.bearer.forget(query)
-            ):
+            if not idle or not self._outdated(error, query):
                 raise
             yield from self.refresh()
             ticket = self.bearer.cached(channel.address, channel.login)

@@ -23,7 +23,7 @@ from psycopg.rows import tuple_row
 from psycopg.waiting import Wait
 
 from ..errors import BadInputError, named
-from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, check_answer
+from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, wrong_answer
 from .core import Core
 
 _AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
@@ -81,7 +81,7 @@ def _arguments(query: Query) -> tuple[bytes, tuple[str, ...]]:
     return query.sql.encode(), () if query.parameter is None else (query.parameter,)
 
 
-def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[None]:
+def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[bytes | None]:
     """Sends BEGIN and the query together and waits once; for connection.wait().
 
     psycopg's own pipeline waits for the BEGIN it adds, so this one is made of libpq's calls. BEGIN says
@@ -122,7 +122,7 @@ def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[None]:
     pgconn.exit_pipeline_mode()
     if refusal is not None:
         raise refusal
-    check_answer(query, answer)
+    return answer
 
 
 def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
@@ -144,14 +144,16 @@ def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
             cursor = psycopg.Cursor(connection, row_factory=tuple_row)
             if step.with_begin and channel.can_begin:
                 with connection.lock:
-                    connection.wait(_begin_and(connection, step))
+                    answer = connection.wait(_begin_and(connection, step))
             else:
                 cursor.execute(*_arguments(step), prepare=False)
-                # In the caller's pipeline nobody waits: an error reaches the caller's next statement.
-                if not (step.with_begin and channel.pipelining):
-                    (answer,) = cursor.fetchone() or (None,)
-                    check_answer(step, answer)
-                    return answer
+                if step.with_begin and channel.pipelining:
+                    return None  # in the caller's pipeline nobody waits; an error reaches the next statement
+                (answer,) = cursor.fetchone() or (None,)
+            if (wrong := wrong_answer(step, answer)) is not None:
+                connection.close()
+                raise wrong
+            return answer
         else:
             return step()
         return None
@@ -185,13 +187,16 @@ async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> N
             cursor = psycopg.AsyncCursor(connection, row_factory=tuple_row)
             if step.with_begin and channel.can_begin:
                 async with connection.lock:
-                    await connection.wait(_begin_and(connection, step))
+                    answer = await connection.wait(_begin_and(connection, step))
             else:
                 await cursor.execute(*_arguments(step), prepare=False)
-                if not (step.with_begin and channel.pipelining):
-                    (answer,) = await cursor.fetchone() or (None,)
-                    check_answer(step, answer)
-                    return answer
+                if step.with_begin and channel.pipelining:
+                    return None
+                (answer,) = await cursor.fetchone() or (None,)
+            if (wrong := wrong_answer(step, answer)) is not None:
+                await connection.close()
+                raise wrong
+            return answer
         else:
             return await asyncio.to_thread(step)
         return None

@@ -22,7 +22,7 @@ from sqlalchemy.util import await_only
 
 from ..errors import BadInputError, named
 from . import psycopg_
-from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, check_answer
+from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, wrong_answer
 from .core import Channel, Core
 
 
@@ -30,6 +30,7 @@ class _AsyncpgChannel:
     """SQLAlchemy's adapter of an asyncpg connection, as core.Channel and a runner of steps."""
 
     def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._adapted: Any = connection.connection.dbapi_connection
         url = connection.engine.url
         self.login = url.username or ""
@@ -72,7 +73,9 @@ class _AsyncpgChannel:
                 raise
             finally:
                 cursor.close()
-            check_answer(step, answer)
+            if (wrong := wrong_answer(step, answer)) is not None:
+                self._connection.invalidate()
+                raise wrong
             return answer
         else:
             return step()
