@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -10,6 +11,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,34 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def far_away(port: int, delay: float) -> Iterator[int]:
+    """A port that leads to `port`, whose answers come `delay` seconds late."""
+
+    def forward(source: socket.socket, target: socket.socket, wait: float) -> None:
+        while data := source.recv(65536):
+            if wait:
+                time.sleep(wait)
+            target.sendall(data)
+
+    def serve(client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", port)) as server:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=forward, args=(server, client, delay), daemon=True).start()
+            forward(client, server, 0)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # closed when the block ends
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield int(listener.getsockname()[1])
 
 
 class Cluster:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import socket
 import tempfile
-import threading
-import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from cluster import far_away
 from conftest import Agent, Database, Vault
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from sqlalchemy import create_engine, text
@@ -418,28 +416,6 @@ def test_read_only_connections_bind(vault: Vault) -> None:
             assert len(connection.execute("select from vault").fetchall()) == 2
 
 
-@contextlib.contextmanager
-def far_away(port: int) -> Iterator[int]:
-    """A port that leads to `port`, its answers 20 ms late, so that what is sent together is seen to be."""
-
-    def forward(source: socket.socket, target: socket.socket, delay: float) -> None:
-        while data := source.recv(65536):
-            time.sleep(delay)
-            target.sendall(data)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            client, _ = listener.accept()
-            with client, socket.create_connection(("127.0.0.1", port)) as server:
-                back = threading.Thread(target=forward, args=(server, client, 0.02), daemon=True)
-                back.start()
-                forward(client, server, 0)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield listener.getsockname()[1]
-
-
 def test_binding_costs_no_round_trip(vault: Vault) -> None:
     def round_trips(connection: psycopg.Connection[Any]) -> int:
         """How often the client waits for the server in a transaction of one statement."""
@@ -453,7 +429,7 @@ def test_binding_costs_no_round_trip(vault: Vault) -> None:
 
     cluster, name = vault.database.cluster, vault.database.name
     with (
-        far_away(cluster.port) as port,
+        far_away(cluster.port, 0.02) as port,
         psycopg.connect(host="127.0.0.1", port=port, dbname=name, user="pooled", prepare_threshold=None) as c,
     ):
         unbound = round_trips(c)
@@ -470,7 +446,7 @@ def test_g2_the_ticket_never_stands_in_a_statements_text(vault: Vault) -> None:
         with bind_agent_session(connection, vault.one.credential), connection.transaction():
             query = "select query from pg_stat_activity where pid = %s"
             (text_seen,) = watcher.execute(query, [connection.info.backend_pid]).fetchone()
-        assert "kakunin.bind_session($1)" in text_seen
+        assert "kakunin.bind_session($1, true)" in text_seen
 
 
 def test_drivers_that_interpolate_are_refused(vault: Vault) -> None:

@@ -19,7 +19,8 @@ from ..tickets import Ticket
 
 INSTALLATION: Final = "select kakunin.installation_id()"
 OPEN: Final = "select kakunin.open_session(%s)"
-BIND_TICKET: Final = "select kakunin.bind_session(%s)"
+# Both arguments: a default would be worked out anew in every transaction.
+BIND_TICKET: Final = "select kakunin.bind_session(%s, true)"
 BIND_TICKET_TO_SESSION: Final = "select kakunin.bind_session(%s, false)"
 BIND_SERIAL: Final = "select kakunin.bind_serial(%s)"
 # Transactions are told apart by their start.
