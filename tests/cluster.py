@@ -165,14 +165,16 @@ class Cluster:
 
     def standby(self) -> Cluster:
         """A streaming replica of this server, started."""
-        replica = Cluster(self.major, self.bin, settings=self.settings)
-        # The npm builds have no pg_basebackup. A newer one serves older servers as well.
+        primary = f"host={self.host} port={self.port} user=postgres"
+        replica = Cluster(self.major, self.bin, settings={**self.settings, "primary_conninfo": primary})
+        # The npm builds have no pg_basebackup. A newer one serves older servers as well, but what it would
+        # write for them to connect with (-R) they may not understand.
         places = [self.bin, *_candidates(18), *_candidates(17), *_candidates(16)]
         program = next(p / "pg_basebackup" for p in places if (p / "pg_basebackup").exists())
-        source = ["-h", self.host, "-p", str(self.port), "-U", "postgres"]
         subprocess.run(
-            [program, *source, "-D", replica.data, "-R", "-c", "fast"], check=True, capture_output=True
+            [program, "-d", primary, "-D", replica.data, "-c", "fast"], check=True, capture_output=True
         )
+        (replica.data / "standby.signal").touch()
         if os.geteuid() == 0:
             subprocess.run(["chown", "-R", SERVER_USER, replica.data], check=True)
         return replica.start()
