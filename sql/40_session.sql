@@ -62,6 +62,13 @@ create table kakunin_private.gateway_logins (login name primary key);
 comment on table kakunin_private.gateway_logins is
   'Logins whose request.jwt.claims are believed, because only PostgREST connects as them';
 
+-- As text, and not cast: the planner may work an expression out before the MAC in front of it is checked,
+-- and what a caller wrote need not be a number.
+create function kakunin_private.is_future(p_seconds text) returns boolean
+language sql volatile parallel safe
+return lpad(p_seconds, 12, '0') > lpad(floor(extract(epoch from kakunin_private.clock()))::text, 12, '0') collate "C";
+comment on function kakunin_private.is_future(text) is 'Whether whole seconds since 1970, as we wrote them, are yet to come';
+
 create function kakunin_private.key_is_good(p_key_id text, p_valid_until timestamptz) returns boolean
 language sql volatile parallel safe
 return coalesce(p_valid_until > kakunin_private.clock(), true)
@@ -210,13 +217,6 @@ comment on function kakunin.set_gateway_logins(name[]) is
 
 -- Reading a binding ---------------------------------------------------------------------------------
 
-create function kakunin_private.has_expired(p_binding text) returns boolean
-language sql volatile parallel safe
-return case when split_part(p_binding, '|', 3) = 's'
-  then split_part(p_binding, '|', 4)::numeric <= extract(epoch from kakunin_private.clock()) else false end;
-comment on function kakunin_private.has_expired(text) is
-  'Whether a genuine binding of a session has outlived its ticket; one of a transaction ends with it';
-
 create function kakunin_private.serial_from_claims(p_claims text) returns text
 language plpgsql stable parallel restricted
 as $$
@@ -236,25 +236,22 @@ $$;
 comment on function kakunin_private.serial_from_claims(text) is
   'The kakunin_cert_serial claim, where session_user is a configured gateway login; otherwise NULL';
 
--- A binding is at most 250 characters; a longer one is refused before any work is spent on it. What it
--- says is cast only after its MAC was found right, in a statement of its own: inside the query the planner
--- might do it beforehand.
+-- A binding is at most 250 characters; a longer one is refused before any work is spent on it.
 create function kakunin_private.bound_serial() returns text
 language plpgsql stable parallel restricted
 as $$
 declare
   v_binding text collate "C" := current_setting('kakunin.session', true);
-  v_serial  text;
 begin
   if v_binding <> '' then
-    v_serial := (
+    return (
       select split_part(v_binding, '|', 2)
         from kakunin_private.session_keys k
        where octet_length(v_binding) <= 250
          and k.key_id = split_part(v_binding, '|', 1)
          and kakunin_private.key_is_good(k.key_id, k.valid_until)
-         and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding));
-    return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
+         and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
+         and (split_part(v_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(v_binding, '|', 4))));
   end if;
   return kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
 end
@@ -272,7 +269,7 @@ declare
   v_serial  text;
 begin
   if v_binding <> '' then
-    v_serial := (
+    return (
       select c.serial
         from kakunin_private.session_keys k
         join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
@@ -281,8 +278,8 @@ begin
          and k.key_id = split_part(v_binding, '|', 1)
          and kakunin_private.key_is_good(k.key_id, k.valid_until)
          and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
+         and (split_part(v_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(v_binding, '|', 4)))
          and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
-    return case when v_serial is not null and not kakunin_private.has_expired(v_binding) then v_serial end;
   end if;
   v_serial := kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
   if v_serial is null then
@@ -406,24 +403,23 @@ $$;
 comment on function kakunin_private.bind(text, text, boolean) is
   'Puts a binding into effect, for the transaction or, not local, for the session; returns the serial';
 
+-- Runs in every transaction, so key, certificate and the new binding come from one statement, and what
+-- refuses is looked for only when something does. The binding is made with the ticket's key: it lasts no
+-- longer than the grace of that key.
 create function kakunin.bind_session(ticket text, is_local boolean default true) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_ticket text collate "C" := ticket;
-  v_local  boolean := is_local;
-  v_tail   text := case when is_local then '|x|0' else '|s|' || split_part(v_ticket, '.', 5) end;
   v_found  record;
 begin
-  if v_local is null then
-    raise exception using errcode = 'KA010', message = 'is_local must be true or false';
-  end if;
-  -- Key, certificate and the new binding in one statement, for this runs in every transaction. The binding
-  -- is made with the ticket's key, so it lasts no longer than the grace of that key.
   select c.serial,
+         kakunin_private.is_future(split_part(v_ticket, '.', 5)) as fresh,
          kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at) as usable,
          kakunin_private.make_binding(
-           k.inner_pad, k.outer_pad, k.key_id || '|' || c.serial || v_tail, v_local) as binding
+           k.inner_pad, k.outer_pad,
+           k.key_id || '|' || c.serial || case when is_local then '|x|0' else '|s|' || split_part(v_ticket, '.', 5) end,
+           is_local) as binding
     into v_found
     from kakunin_private.session_keys k
     join kakunin_private.certificates c on c.serial = split_part(v_ticket, '.', 3)
@@ -432,18 +428,22 @@ begin
      and k.key_id = split_part(v_ticket, '.', 2)
      and kakunin_private.key_is_good(k.key_id, k.valid_until)
      and kakunin_private.ticket_is_genuine(k.inner_pad, k.outer_pad, v_ticket);
-  if not found then
+  if v_found.fresh and v_found.usable and is_local is not null then
+    return kakunin_private.bind(v_found.serial, v_found.binding, is_local);
+  elsif is_local is null then
+    raise exception using errcode = 'KA010', message = 'is_local must be true or false';
+  elsif v_found.serial is null then
     raise exception using errcode = 'KA004',
       message = 'the ticket was not issued by this database to this login, or its key has been retired',
       hint = 'Open a new session with kakunin.open_session(assertion).';
-  elsif split_part(v_ticket, '.', 5)::numeric <= extract(epoch from kakunin_private.clock()) then
+  elsif not v_found.fresh then
     raise exception using errcode = 'KA004',
       message = 'the ticket has expired',
       hint = 'Open a new session with kakunin.open_session(assertion).';
-  elsif not v_found.usable then
-    perform kakunin_private.check_certificate(v_found.serial);
   end if;
-  return kakunin_private.bind(v_found.serial, v_found.binding, v_local);
+  perform kakunin_private.check_certificate(v_found.serial);
+  -- Usable after all: it became so between the two looks.
+  return kakunin_private.bind(v_found.serial, v_found.binding, is_local);
 end
 $$;
 comment on function kakunin.bind_session(text, boolean) is
