@@ -97,7 +97,9 @@ _BY_SQLSTATE: dict[str, type[KakuninError]] = {
 
 
 def named(error: BaseException) -> KakuninError | None:
-    """The kit's error for a driver's or SQLAlchemy's exception; None when it is none of the kit's."""
+    """The kit's error for a driver's or SQLAlchemy's exception; None where there is nothing to convert."""
+    if isinstance(error, KakuninError):
+        return None
     original = getattr(error, "orig", None) or error  # SQLAlchemy keeps the driver's exception there
     cls = _BY_SQLSTATE.get(getattr(original, "sqlstate", None) or "")
     if cls is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -73,7 +74,6 @@ class Database:
 
     cluster: Cluster
     name: str
-    _agents: dict[str, Agent] = field(default_factory=dict)
 
     def dsn(self, user: str) -> str:
         return self.cluster.dsn(self.name, user)
@@ -100,7 +100,7 @@ class Database:
     def agent(self, name: str = "agent", **certificate: Any) -> Agent:
         """A new agent with a registered certificate; keyword arguments go to LocalCA.issue()."""
         agent_id = self.value("registrar", "select kakunin.create_agent(%s)", [name])
-        signer = next(_signers)
+        signer = next(_signers())
         issued = _ca().issue(agent_id, signer.public_key(), **certificate)
         self.register(issued)
         return Agent(self, issued, signer)
@@ -141,30 +141,15 @@ class Agent:
         self.database.run("operator", "select kakunin.suspend_agent(%s, 'under review')", [self.agent_id])
 
 
-def _keys() -> Iterator[LocalSigner]:
+@functools.cache
+def _signers() -> Iterator[LocalSigner]:
     """RSA keys are slow to make, and tests need distinct ones only among neighbours."""
-    keys = [LocalSigner.generate() for _ in range(6)]
-    return itertools.cycle(keys)
+    return itertools.cycle([LocalSigner.generate() for _ in range(6)])
 
 
-class _LazySigners:
-    def __init__(self) -> None:
-        self._keys: Iterator[LocalSigner] | None = None
-
-    def __next__(self) -> LocalSigner:
-        if self._keys is None:
-            self._keys = _keys()
-        return next(self._keys)
-
-
-_signers = _LazySigners()
-_authority: list[LocalCA] = []
-
-
+@functools.cache
 def _ca() -> LocalCA:
-    if not _authority:
-        _authority.append(LocalCA.create())
-    return _authority[0]
+    return LocalCA.create()
 
 
 @contextlib.contextmanager

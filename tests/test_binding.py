@@ -576,17 +576,25 @@ async def test_g2_asyncpg_keeps_no_statement_of_the_binder(vault: Vault) -> None
 
 
 @pytest.mark.parametrize(
-    "client", [k for k in KINDS if k.startswith("psycopg") and "autocommit" not in k], indirect=True
+    "client",
+    ["asyncpg-connection", *(k for k in KINDS if k.startswith("psycopg") and "autocommit" not in k)],
+    indirect=True,
 )
 async def test_g2_a_connection_that_answers_for_another_is_closed(
     client: Client, vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    backend = "select pg_backend_pid()"
+    async with client.unbound() as handle:
+        before = await client.rows(handle, backend)
+        await client.rollback(handle)
     monkeypatch.setattr("kakunin_db.binding.bearer.BIND_TICKET", "select coalesce('AA:BB', %s)")
     with pytest.raises(kakunin_db.CredentialRejectedError, match="in place of"):
         async with client.bound(vault.one.credential) as handle:
             await client.rows(handle, "select 1")
     monkeypatch.undo()
-    if client.kind == "connection":
+    if client.driver == "asyncpg":  # SQLAlchemy has taken another connection in its place
+        assert await client.rows(client.client, backend) != before
+    elif client.kind == "connection":
         assert client.client.closed
     else:  # the pool makes another
         async with client.bound(vault.one.credential) as handle:

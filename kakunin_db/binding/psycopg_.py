@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any
@@ -66,15 +67,6 @@ class PsycopgChannel:
     def can_begin(self) -> bool:
         """Whether _begin_and() may be used."""
         return self.idle and not self.autocommit and not self.pipelining and psycopg.Pipeline.is_supported()
-
-
-def _raise(error: psycopg.Error) -> BaseException:
-    """The kit's error for a driver's, chained to it; the driver's own where it is none of the kit's."""
-    ours = named(error)
-    if ours is None:
-        return error
-    ours.__cause__ = error
-    return ours
 
 
 def _arguments(query: Query) -> tuple[bytes, tuple[str, ...]]:
@@ -170,7 +162,9 @@ def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
     except StopIteration:
         return
     except psycopg.Error as error:
-        raise _raise(error)  # noqa: B904 - _raise() has chained it
+        if (ours := named(error)) is not None:
+            raise ours from error
+        raise
 
 
 async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> None:
@@ -213,10 +207,12 @@ async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> N
     except StopIteration:
         return
     except psycopg.Error as error:
-        raise _raise(error)  # noqa: B904
+        if (ours := named(error)) is not None:
+            raise ours from error
+        raise
 
 
-class _Hooks:
+class _Hooks(ABC):
     """Puts the binding between a connection and its statements, and takes it out again."""
 
     def __init__(self, connection: Any, bearer: Bearer) -> None:
@@ -252,11 +248,13 @@ class _Hooks:
     def left_before(self) -> Left | None:
         return getattr(self.connection, "_kakunin_left", None)
 
+    @abstractmethod
     def _hooked(self, factory: Any) -> Any:
-        raise NotImplementedError
+        """A subclass of the cursor factory that binds before each statement."""
 
+    @abstractmethod
     def transaction(self, savepoint_name: str | None = None, force_rollback: bool = False) -> Any:
-        raise NotImplementedError
+        """The connection's transaction(), whose outermost block is bound as it begins."""
 
 
 class Binding(_Hooks):
@@ -283,8 +281,8 @@ class Binding(_Hooks):
             self.connection.close()  # better no connection than one that may still be bound
             if error is None:
                 raise
-        if isinstance(error, psycopg.Error) and named(error) is not None:
-            raise _raise(error)
+        if error is not None and (ours := named(error)) is not None:
+            raise ours from error
 
     def before_statement(self) -> None:
         # A cursor made inside the block may be used after it.
@@ -358,8 +356,8 @@ class AsyncBinding(_Hooks):
             await self.connection.close()
             if error is None:
                 raise
-        if isinstance(error, psycopg.Error) and named(error) is not None:
-            raise _raise(error)
+        if error is not None and (ours := named(error)) is not None:
+            raise ours from error
 
     async def before_statement(self) -> None:
         if self.connection._kakunin_binding is self:

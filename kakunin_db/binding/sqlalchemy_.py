@@ -26,6 +26,17 @@ from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, wrong_a
 from .core import Channel, Core
 
 
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        ours = named(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
 class _AsyncpgChannel:
     """SQLAlchemy's adapter of an asyncpg connection, as core.Channel and a runner of steps."""
 
@@ -82,7 +93,7 @@ class _AsyncpgChannel:
         return None
 
     def run(self, steps: Steps) -> None:
-        try:
+        with _named_errors(), contextlib.suppress(StopIteration):
             step = next(steps)
             while True:
                 try:
@@ -91,13 +102,6 @@ class _AsyncpgChannel:
                     step = steps.throw(error)
                 else:
                     step = steps.send(outcome)
-        except StopIteration:
-            return
-        except Exception as error:
-            ours = named(error)
-            if ours is None:
-                raise
-            raise ours from error
 
 
 def _channel(connection: Connection) -> tuple[Channel, Any]:
@@ -150,17 +154,6 @@ def _unbind(connection: Connection, bearer: Bearer) -> None:
         # asyncpg does not tell beforehand that a transaction has failed.
         if getattr(getattr(error, "orig", error), "sqlstate", None) != "25P02":
             raise
-
-
-@contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        ours = named(error)
-        if ours is None:
-            raise
-        raise ours from error
 
 
 # Objects bound now. Not kept in Connection.info, which belongs to the pooled connection below and outlives
