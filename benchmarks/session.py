@@ -31,7 +31,7 @@ import psycopg
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, far_away, server_major
 
-from kakunin_db import AgentCredential, LocalCA, LocalSigner, bind_agent_session
+from kakunin_db import AgentCredential, CertificateAuthority, LocalSigner, bind_agent_session
 from kakunin_db.migrate import migrate
 
 ROWS = 200_000
@@ -68,10 +68,12 @@ def prepare(cluster: Cluster) -> AgentCredential:
         admin.execute("grant create on database postgres to installer")
     migrate(cluster.dsn(user="installer"))
     signer = LocalSigner.generate()
+    authority = CertificateAuthority.create(LocalSigner.generate())
     with cluster.connect(autocommit=True) as admin:
         admin.execute("create role agent login in role kakunin_agent")
         (agent_id,) = admin.execute("select kakunin.create_agent('benchmark')").fetchone()
-        issued = LocalCA.create().issue(agent_id, signer.public_key())
+        authority.trust(admin)
+        issued = authority.issue(agent_id, signer.public_key())
         issued.register(admin)
         for table in ("protected", "plain", "by_setting", "by_claims"):
             admin.execute(f"create table {table} (id int, permitted_agent_serial text, payload text)")

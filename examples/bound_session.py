@@ -1,8 +1,9 @@
 """Reads an agent's own rows of agent_vault (sql/policies/agent_vault.sql), sync and async.
 
-    KAKUNIN_KEY_PASSWORD=... python examples/bound_session.py DSN AGENT_ID SERIAL INSTALLATION_ID KEY.pem
+    KAKUNIN_KEY_PASSWORD=... python examples/bound_session.py DSN NAME.pem INSTALLATION_ID
 
-The values are those examples/register_agent.py printed; DSN names a login with kakunin_agent.
+NAME.pem is what examples/register_agent.py wrote; DSN names a login with kakunin_agent; the last is what
+`select kakunin.installation_id()` says there. KAKUNIN_KEYS as in register_agent.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from pathlib import Path
 
 import psycopg
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import sessionmaker
 
-from kakunin_db import AgentCredential, LocalSigner, bind_agent_session
+from kakunin_db import AgentCredential, bind_agent_session
 
 
 def with_psycopg(dsn: str, credential: AgentCredential) -> None:
@@ -42,9 +44,9 @@ def with_sqlalchemy(dsn: str, credential: AgentCredential) -> None:
     engine.dispose()
 
 
-def main(dsn: str, agent_id: str, serial: str, installation_id: str, key: str) -> None:
-    signer = LocalSigner.load(key, os.environ["KAKUNIN_KEY_PASSWORD"].encode())
-    credential = AgentCredential(agent_id, serial, signer, installation_id)
+def main(dsn: str, certificate: str, installation_id: str) -> None:
+    keys = os.environ.get("KAKUNIN_KEYS", "file:keys")
+    credential = AgentCredential.from_certificate(Path(certificate).read_bytes(), keys, installation_id)
     with_psycopg(dsn, credential)
     asyncio.run(with_psycopg_async(dsn, credential))
     with_sqlalchemy(dsn, credential)

@@ -1,33 +1,32 @@
-"""Makes a certificate authority, an agent, its key and its certificate, and registers the certificate.
+"""Makes an agent, its key and its certificate; where there is none yet, a certificate authority first.
 
     KAKUNIN_KEY_PASSWORD=... python examples/register_agent.py DSN NAME [ACTION ...]
 
-DSN names a login with kakunin_registrar. Writes the agent's key, encrypted, to NAME.pem and prints what
-AgentCredential needs. The authority lives only as long as this program: fit for trying things out.
+DSN names the owner of the kit, or a login with kakunin_registrar and kakunin_operator. Keys go, encrypted,
+into the folder keys/; KAKUNIN_KEYS=awskms: keeps them in AWS KMS. Writes NAME.pem, the certificate.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-import psycopg
+from kakunin_db import Kakunin, compute_model_hash
 
-from kakunin_db import LocalCA, LocalSigner
+MODEL = {"provider": "openai", "model": "gpt-4o", "system_prompt": "You are a compliant system agent."}
 
 
 def main(dsn: str, name: str, *actions: str) -> None:
-    password = os.environ["KAKUNIN_KEY_PASSWORD"].encode()
-    signer = LocalSigner.generate()
-    with psycopg.connect(dsn) as connection:
-        (agent_id,) = connection.execute("select kakunin.create_agent(%s)", [name]).fetchone()
-        issued = LocalCA.create().issue(agent_id, signer.public_key(), permitted_actions=actions)
-        issued.register(connection)
-        (installation_id,) = connection.execute("select kakunin.installation_id()").fetchone()
-        signer.save(f"{name}.pem", password)  # before the commit: no certificate without its key
-    print(f"agent_id        {agent_id}")
-    print(f"serial          {issued.serial}")
-    print(f"installation_id {installation_id}")
+    with Kakunin(dsn, keys=os.environ.get("KAKUNIN_KEYS", "file:keys")) as kakunin:
+        if not kakunin.authorities.list():
+            kakunin.authorities.create("Example Root CA", intermediate="Example Issuing CA")
+        agent = kakunin.agents.create(name, model="gpt-4o", model_hash=compute_model_hash(MODEL))
+        certificate = kakunin.agents.certify(agent.agent_id, permitted_actions=actions)
+    Path(f"{name}.pem").write_text(certificate.pem)
+    print(f"agent_id {agent.agent_id}")
+    print(f"serial   {certificate.serial_number}")
+    print(f"key      {certificate.key_id}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .binding import bind_agent_session
-from .ca import AgentCertificate, LocalCA
+from .ca import AgentCertificate, CertificateAuthority
+from .client import AsyncKakunin, Kakunin
 from .credential import AgentCredential
 from .errors import (
     AgentSuspendedError,
@@ -15,29 +16,56 @@ from .errors import (
     LedgerAppendOnlyError,
     LedgerIntegrityError,
     ScopeViolationError,
+    SignerError,
+    SignerUnavailableError,
     SpendLimitError,
     UnknownCertificateError,
 )
+from .model_hash import compute_model_hash
 from .serials import normalize_serial
-from .signers import LocalSigner, Signer
+from .signers import (
+    KeyStore,
+    KMSKeys,
+    KMSSigner,
+    LocalKeys,
+    LocalSigner,
+    PKCS11Keys,
+    PKCS11Signer,
+    Signer,
+    open_keys,
+    open_signer,
+)
 
 __all__ = [
     "AgentCertificate",
     "AgentCredential",
     "AgentSuspendedError",
+    "AsyncKakunin",
     "BadInputError",
+    "CertificateAuthority",
     "CertificateRevokedError",
     "CertificateValidityError",
     "CredentialRejectedError",
+    "KMSKeys",
+    "KMSSigner",
+    "Kakunin",
     "KakuninError",
+    "KeyStore",
     "LedgerAppendOnlyError",
     "LedgerIntegrityError",
-    "LocalCA",
+    "LocalKeys",
     "LocalSigner",
+    "PKCS11Keys",
+    "PKCS11Signer",
     "ScopeViolationError",
     "Signer",
+    "SignerError",
+    "SignerUnavailableError",
     "SpendLimitError",
     "UnknownCertificateError",
     "bind_agent_session",
+    "compute_model_hash",
     "normalize_serial",
+    "open_keys",
+    "open_signer",
 ]

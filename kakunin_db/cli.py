@@ -1,14 +1,21 @@
-"""The command line: ``kakunin-db migrate``, ``downgrade`` and ``demo``."""
+"""The command line: reads it, has the command performed, and says in one line what went wrong."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime as dt
 import importlib
 import importlib.metadata
+import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from . import commands
 from .errors import BadInputError, KakuninError
 
 # Server states whose own message does not say what to do.
@@ -17,6 +24,16 @@ _REMEDIES = {
     "42P06": "If sql/ was applied by hand, record that instead: alembic stamp <revision>.",
 }
 
+_WITHOUT_KIT = dict.fromkeys(
+    ("3F000", "42883", "42P01"), "The kit is not in this database, or an older one: run kakunin-db migrate."
+)
+
+# RFC 5280 section 5.3.1, those that can be given for good.
+_REASONS = (
+    "unspecified", "keyCompromise", "cACompromise", "affiliationChanged", "superseded",
+    "cessationOfOperation", "privilegeWithdrawn", "aACompromise",
+)  # fmt: skip
+
 
 class _Failed(Exception):  # noqa: N818  (never leaves this module)
     def __init__(
@@ -24,7 +41,7 @@ class _Failed(Exception):  # noqa: N818  (never leaves this module)
     ) -> None:
         # One line, whatever the driver made of it.
         text = " ".join(str(message).split()) + (f" ({sqlstate})" if sqlstate else "")
-        super().__init__(f"{text}. {hint}" if hint else text)
+        super().__init__(commands.printable(f"{text}. {hint}" if hint else text))
         self.status = status
 
 
@@ -32,25 +49,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 1 when it failed, 2 when it was not understood."""
     options = _parser().parse_args(arguments)
     try:
-        return _demo() if options.command == "demo" else _migrations(options)
+        status: int = options.run(options)
     except _Failed as failed:
         print(f"kakunin-db: {failed}", file=sys.stderr)
         return failed.status
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        # argparse quotes what it did not understand, which may be a DSN or a key's URI in the wrong place.
+        if re.search(r"://|pass|pkcs11:|pin-|host=", message, re.IGNORECASE):
+            message = message.partition(": ")[0] + ": this is not repeated here, because it may hold a secret"
+        super().error(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kakunin-db",
         description="Cryptographic identity and row-level isolation for AI agents in Postgres.",
     )
     version = importlib.metadata.version("kakunin-db")
     parser.add_argument("--version", action="version", version=f"kakunin-db {version}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    groups = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text, default in (
         ("migrate", "take a database to the newest revision, or to a given one", "head"),
         ("downgrade", "take a database back; to base, which removes the kit and all its data", "base"),
     ):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=_migrations)
         command.add_argument(
             "--dsn",
             default=os.environ.get("KAKUNIN_DSN"),
@@ -62,56 +89,494 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--sql", action="store_true", help="print the script for psql and touch no database"
         )
-    commands.add_parser("demo", help="start a Postgres, bind two agents, show who sees what")
+    _authority_commands(_group(groups, "ca", "certificate authorities"))
+    _agent_commands(_group(groups, "agent", "agents, their certificates, and taking them away"))
+    _other_commands(groups)
+    demo = groups.add_parser("demo", help="start a Postgres, bind two agents, show who sees what")
+    demo.set_defaults(run=_demo)
     return parser
 
 
-def _migrations(options: argparse.Namespace) -> int:
+# The commands about identity ------------------------------------------------------------------------
+
+
+def _group(groups: Any, name: str, text: str) -> Any:
+    group = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    return group.add_subparsers(dest="subcommand", required=True, metavar="command")
+
+
+def _add(
+    parent: Any,
+    name: str,
+    do: Callable[[argparse.Namespace], int],
+    text: str,
+    *,
+    role: str = "kakunin_registrar",
+    needs: str = "a database",
+) -> argparse.ArgumentParser:
+    """A command and what all have in common; ``role`` is the least that a login needs for it."""
+    command: argparse.ArgumentParser = parent.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    command.set_defaults(run=_identity, do=do, role=role, needs=needs)
+    common = command.add_argument_group("common options")
+    if needs != "nothing":
+        for option, kind, metavar, what in (
+            ("--dsn", str, "DSN", "libpq connection string or URL"),
+            ("--keys", str, "URI", "where agents' keys are: awskms:, file:/path/folder or pkcs11:..."),
+            ("--ca-keys", str, "URI", "where authorities' keys are, if elsewhere"),
+            (
+                "--crl-url",
+                _url,
+                "URL",
+                "what certificates say of where the revocation list is; may have {key_id}",
+            ),
+        ):
+            variable = "KAKUNIN_" + option.lstrip("-").replace("-", "_").upper()
+            common.add_argument(
+                option,
+                type=kind,
+                metavar=metavar,
+                default=os.environ.get(variable) or None,
+                help=f"{what}; default ${variable}",
+            )
+    common.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return command
+
+
+def _authority_commands(group: Any) -> None:
+    operator = "kakunin_operator"
+    command = _add(
+        group,
+        "init",
+        commands.ca_init,
+        "make an authority and pin it",
+        role=operator,
+        needs="authority's key",
+    )
+    command.add_argument(
+        "--name", type=_text(64), default="Kakunin CA", help="of the root; default: %(default)s"
+    )
+    command.add_argument(
+        "--intermediate",
+        type=_text(64),
+        metavar="NAME",
+        help="make one below the root, which certifies agents",
+    )
+    command.add_argument("--out", metavar="FILE", help="write the certificates there, PEM, the root last")
+    command.add_argument("--another", action="store_true", help="even where an authority is trusted already")
+
+    _add(group, "list", commands.ca_list, "list the authorities", role="kakunin_auditor")
+
+    command = _add(group, "trust", commands.ca_trust, "pin an authority by its certificate", role=operator)
+    command.add_argument("file", metavar="FILE", help="PEM or DER; PEM may hold several; - for stdin")
+
+    command = _add(
+        group, "distrust", commands.ca_distrust, "register nothing more that it signed; final", role=operator
+    )
+    command.add_argument("key_id", metavar="KEY_ID", type=_key_id)
+    _add_reason(command, "with keyCompromise or cACompromise its certificates are revoked too")
+
+
+def _agent_commands(group: Any) -> None:
+    operator = "kakunin_operator"
+    command = _add(group, "create", commands.agent_create, "make an agent")
+    command.add_argument("name", metavar="NAME", type=_text(200))
+    _add_attributes(command)
+
+    command = _add(
+        group, "certify", commands.agent_certify, "make an agent's key and certificate", needs="keys"
+    )
+    _add_agent_id(command)
+    command.add_argument(
+        "--action",
+        action="append",
+        default=[],
+        type=_action,
+        help="such as orders:read or orders:*; repeatable",
+    )
+    command.add_argument(
+        "--financial-scope", metavar="JSON", type=_scope, help="a JSON object, or @FILE that holds one"
+    )
+    command.add_argument(
+        "--days",
+        metavar="N",
+        type=_days(365),
+        default=dt.timedelta(days=90),
+        help="how long it is valid; default 90",
+    )
+    command.add_argument(
+        "--overlap", type=_overlap, help="how long an active certificate still counts: 30m, 1h, 7d"
+    )
+    command.add_argument(
+        "--authority",
+        metavar="KEY_ID",
+        type=_key_id,
+        help="who is to issue it; default: one that has none below it",
+    )
+    _add_out(command)
+
+    command = _add(
+        group,
+        "show",
+        commands.agent_show,
+        "show an agent, its certificates and halts",
+        role="kakunin_auditor",
+    )
+    _add_agent_id(command)
+
+    command = _add(
+        group, "list", commands.agent_list, "list agents, the newest first", role="kakunin_auditor"
+    )
+    command.add_argument("--status", choices=("active", "suspended"))
+    command.add_argument(
+        "--limit", metavar="N", type=_number(1, 1_000_000), default=50, help="default: %(default)s"
+    )
+
+    command = _add(
+        group,
+        "update",
+        commands.agent_update,
+        "change an agent; a certificate that says otherwise is revoked",
+    )
+    _add_agent_id(command)
+    command.add_argument("--name", type=_text(200))
+    _add_attributes(command)
+
+    command = _add(
+        group, "rotate", commands.agent_rotate, "give an agent a new key and certificate", needs="keys"
+    )
+    _add_agent_id(command)
+    command.add_argument(
+        "--overlap",
+        type=_overlap,
+        default=dt.timedelta(hours=1),
+        help="how long the present certificate still counts: 30m, 1h, 7d; default 1h",
+    )
+    command.add_argument(
+        "--days",
+        metavar="N",
+        type=_days(365),
+        help="how long the new one is valid; default: as the present one",
+    )
+    _add_out(command)
+
+    command = _add(group, "revoke", commands.agent_revoke, "end certificates for good", role=operator)
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "agent_id", nargs="?", metavar="AGENT_ID", type=_agent_id, help="its active certificates"
+    )
+    which.add_argument("--serial", type=_serial, help="this certificate alone")
+    _add_reason(command)
+
+    command = _add(
+        group,
+        "suspend",
+        commands.agent_suspend,
+        "stop an agent's certificates until reinstate",
+        role=operator,
+    )
+    _add_agent_id(command)
+    command.add_argument("--reason", metavar="TEXT", type=_text(1000), required=True)
+
+    command = _add(group, "reinstate", commands.agent_reinstate, "lift a suspension", role=operator)
+    _add_agent_id(command)
+
+    command = _add(
+        group,
+        "halt",
+        commands.agent_halt,
+        "the kill switch: suspend an agent and revoke its certificates",
+        role=operator,
+    )
+    _add_agent_id(command)
+    command.add_argument("--reason", metavar="TEXT", type=_text(1000), required=True)
+    command.add_argument("--terminate", action="store_true", help="also end the backends bound to them")
+    command.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="write the receipt there, <halt id>.json, and its signature, <halt id>.sig",
+    )
+
+    command = _add(
+        group,
+        "sign",
+        commands.agent_sign,
+        "sign a message with an agent's key; prints the signature in base64",
+        role="kakunin_auditor",
+        needs="keys",
+    )
+    _add_agent_id(command)
+    command.add_argument("file", metavar="FILE", help="the message; - for stdin")
+
+
+def _other_commands(groups: Any) -> None:
+    command = _add(
+        groups,
+        "verify",
+        commands.verify,
+        "say whether a certificate may be used now; exit status 1 if not",
+        role="kakunin_auditor",
+    )
+    command.add_argument("serial", metavar="SERIAL", type=_serial)
+
+    command = _add(
+        groups,
+        "crl",
+        commands.crl,
+        "sign the revocation lists and receipts that are due",
+        role="kakunin_worker",
+        needs="authority's key",
+    )
+    command.add_argument(
+        "--days",
+        metavar="N",
+        type=_days(90),
+        default=dt.timedelta(days=7),
+        help="how long a list is good; default 7",
+    )
+    command.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the newest list of the issuing authority there: PEM, or DER to .crl and .der;"
+        " an older list is replaced, and nothing else",
+    )
+    command.add_argument(
+        "--authority",
+        metavar="KEY_ID",
+        type=_key_id,
+        help="whose list that is; default: one that certifies agents",
+    )
+    command.add_argument("--watch", action="store_true", help="stay, and sign what becomes due")
+    command.add_argument(
+        "--every",
+        metavar="SECONDS",
+        type=_number(1, 3600),
+        default=5,
+        help="with --watch: how often to look; default: %(default)s",
+    )
+
+    command = _add(
+        groups,
+        "model-hash",
+        commands.model_hash,
+        "the hash of a model's configuration or weights",
+        needs="nothing",
+    )
+    command.add_argument("path", metavar="PATH", help="a file; - for stdin")
+
+
+def _add_agent_id(command: argparse.ArgumentParser) -> None:
+    command.add_argument("agent_id", metavar="AGENT_ID", type=_agent_id)
+
+
+def _add_attributes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=_text(200), help="such as gpt-4o")
+    command.add_argument("--model-version", metavar="VERSION", type=_text(200))
+    command.add_argument(
+        "--model-hash", metavar="HASH", type=_model_hash, help="as kakunin-db model-hash prints it"
+    )
+    command.add_argument("--tenant", type=_text(200))
+
+
+def _add_reason(command: argparse.ArgumentParser, text: str | None = None) -> None:
+    command.add_argument("--reason", choices=_REASONS, default=_REASONS[0], help=text)
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", metavar="FILE", help="write the certificate there, PEM; never over a file")
+
+
+def _identity(options: argparse.Namespace) -> int:
+    grant = f"Its login needs the role: grant {options.role} to <login>"
+    try:
+        with _said_in_one_line({**_WITHOUT_KIT, "42501": grant}):
+            status = commands.run(options)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as interrupted:
+        raise _Failed("interrupted", _notes(interrupted), status=130) from interrupted
+    except BrokenPipeError:
+        # The reader has had enough. Nothing more is to be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# What arguments are -----------------------------------------------------------------------------------
+
+
+def _checked(check: Callable[[str], Any], text: str) -> Any:
+    """What ``check`` makes of it; argparse quotes the message of an ArgumentTypeError alone."""
+    try:
+        return check(text)
+    except BadInputError as error:
+        raise argparse.ArgumentTypeError(f"{error}. {error.hint}" if error.hint else str(error)) from error
+
+
+def _text(longest: int) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise argparse.ArgumentTypeError("this is not UTF-8") from error
+        if not text.strip() or len(text) > longest:
+            raise argparse.ArgumentTypeError(f"1 to {longest} characters, and not blank")
+        return text
+
+    return check
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"a whole number from {least} to {most}")
+        return int(text)
+
+    return check
+
+
+def _days(most: int) -> Callable[[str], dt.timedelta]:
+    number = _number(1, most)
+    return lambda text: dt.timedelta(days=number(text))
+
+
+def _overlap(text: str) -> dt.timedelta:
+    found = re.fullmatch("([0-9]{1,7})([smhd])", text)
+    seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else -1
+    if not 0 <= seconds <= 30 * 86400:
+        raise argparse.ArgumentTypeError("a number with s, m, h or d, as in 30m, 1h or 7d; at most 30 days")
+    return dt.timedelta(seconds=seconds)
+
+
+def _agent_id(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("an agent id is a UUID. kakunin-db agent list has them") from error
+
+
+def _key_id(text: str) -> str:
+    digits = text.replace(":", "").upper()
+    if not re.fullmatch("([0-9A-F]{2}){8,32}", digits):
+        raise argparse.ArgumentTypeError(
+            "a key id is hexadecimal, as in 9F:02:... kakunin-db ca list has them"
+        )
+    return ":".join(digits[at : at + 2] for at in range(0, len(digits), 2))
+
+
+def _serial(text: str) -> str:
+    from .serials import normalize_serial  # noqa: PLC0415
+
+    serial: str = _checked(normalize_serial, text)
+    return serial
+
+
+def _model_hash(text: str) -> str:
+    from .model_hash import check_model_hash  # noqa: PLC0415
+
+    value: str = _checked(check_model_hash, text)
+    return value
+
+
+def _action(text: str) -> str:
+    from .ca import _ACTION  # noqa: PLC0415
+
+    if not _ACTION.fullmatch(text):
+        raise argparse.ArgumentTypeError(
+            "1 to 128 characters from A-Z a-z 0-9 _ . : / -;"
+            " only a whole last part may be a star, as in trade:*"
+        )
+    return text
+
+
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[!-~]+", text) or len(text) > 1000:
+        raise argparse.ArgumentTypeError("an http or https URL of printable ASCII, without spaces")
+    return text
+
+
+def _scope(text: str) -> dict[str, Any]:
+    from .ca import canonical_json  # noqa: PLC0415
+
+    if text.startswith("@"):
+        try:
+            with open(text[1:], encoding="utf-8") as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise argparse.ArgumentTypeError(f"the file cannot be read: {reason}") from error
+
+    def once(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(members)) < len(members):
+            raise ValueError("a name is there twice")
+        return dict(members)
+
+    try:
+        scope = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"this is not JSON: {error}") from error
+    if not isinstance(scope, dict):
+        raise argparse.ArgumentTypeError('a JSON object, such as {"max_single_trade_usd": 10000}')
+    _checked(lambda _: canonical_json(scope), text)
+    return scope
+
+
+# What went wrong --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _said_in_one_line(remedies: dict[str, str]) -> Iterator[None]:
     try:
         import psycopg  # noqa: PLC0415
-        from alembic.util import CommandError  # noqa: PLC0415
-
-        from . import migrate  # noqa: PLC0415
     except ImportError as error:
         # psycopg says so at import when it finds no libpq.
         raise _Failed(
             error, "Install libpq (Debian: libpq5) or run: pip install 'kakunin-db[binary]'"
         ) from error
-
-    upwards = options.command == "migrate"
     try:
-        if options.sql:
-            print((migrate.migrate_sql if upwards else migrate.downgrade_sql)(options.revision), end="")
-            return 0
-        if not options.dsn:
-            raise _Failed("no database is named", "Give --dsn or set KAKUNIN_DSN.", status=2)
-        _check(options.dsn)
-        run = migrate.migrate if upwards else migrate.downgrade
-        change = run(
-            options.dsn, options.revision, on_notice=lambda text: print(f"NOTICE: {text}", file=sys.stderr)
-        )
+        yield
+    except commands.Refused as error:
+        raise _Failed(error, error.hint, status=error.status) from error
     except KakuninError as error:
         raise _Failed(error, error.hint, error.sqlstate) from error
     except psycopg.Error as error:
-        hint = error.diag.message_hint or _REMEDIES.get(error.sqlstate or "")
+        hint = error.diag.message_hint or remedies.get(error.sqlstate or "")
+        hint = " ".join(filter(None, [hint, _notes(error)])) or None
         raise _Failed(error.diag.message_primary or error, hint, error.sqlstate) from error
-    except CommandError as error:
-        raise _Failed(error) from error
+
+
+def _notes(error: BaseException) -> str | None:
+    """What the client adds to an error of others: a key that was left behind."""
+    return " ".join(getattr(error, "__notes__", [])) or None
+
+
+# The other commands -----------------------------------------------------------------------------------
+
+
+def _migrations(options: argparse.Namespace) -> int:
+    with _said_in_one_line(_REMEDIES):
+        from alembic.util import CommandError  # noqa: PLC0415
+
+        from . import migrate  # noqa: PLC0415
+
+        upwards = options.command == "migrate"
+        try:
+            if options.sql:
+                print((migrate.migrate_sql if upwards else migrate.downgrade_sql)(options.revision), end="")
+                return 0
+            change = (migrate.migrate if upwards else migrate.downgrade)(
+                commands.checked_dsn(options),
+                options.revision,
+                on_notice=lambda text: print(f"NOTICE: {text}", file=sys.stderr),
+            )
+        except CommandError as error:
+            raise _Failed(error) from error
     before, after = change.before or "base", change.after or "base"
     print(f"already at {after}" if before == after else f"from {before} to {after}")
     return 0
 
 
-def _check(dsn: str) -> None:
-    from .migrate import check_dsn  # noqa: PLC0415
-
-    try:
-        check_dsn(dsn)
-    except BadInputError as error:
-        raise _Failed(error, error.hint, status=2) from error
-
-
-def _demo() -> int:
+def _demo(options: argparse.Namespace) -> int:
     try:
         status: int | None = importlib.import_module("kakunin_db.demo").main()
     except ImportError as error:

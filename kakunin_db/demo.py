@@ -7,13 +7,21 @@ checked as it is printed; one that does not hold ends the run with an error.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import shutil
+import subprocess
 import tempfile
+import unittest.mock
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, utils
 from psycopg import sql
 from rich.console import Console
 from rich.padding import Padding
@@ -21,11 +29,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .binding import bind_agent_session
-from .ca import LocalCA
+from .ca import CertificateAuthority
+from .client import Kakunin, write_receipt
 from .credential import AgentCredential
 from .errors import named
 from .migrate import migrate
-from .signers import LocalSigner
+from .model_hash import compute_model_hash
+from .signers import KeyStore, KMSKeys, LocalKeys, LocalSigner
 
 _SETUP = """
 create table agent_vault (
@@ -45,8 +55,10 @@ def secrets_of(name: str) -> list[str]:
 class Demo:
     """Prints each step and checks what comes of it."""
 
-    def __init__(self, dsn: str, console: Console) -> None:
+    def __init__(self, dsn: str, keys: KeyStore, folder: Path, console: Console) -> None:
         self.dsn = dsn
+        self.keys = keys
+        self.folder = folder
         self.console = console
 
     def connect(self, user: str) -> psycopg.Connection[Any]:
@@ -88,15 +100,15 @@ class Demo:
 
     def run(self) -> None:
         self.install()
-        authority = LocalCA.create("Demo CA")
-        self.heading("2  A certificate authority and two agents")
-        agents = {name: self.certify(authority, name) for name in ("atlas", "borealis")}
-        self.say("RSA-2048, X.509, one login each. The database has no private key.")
-        self.protect(agents)
-        self.broad_select(agents)
-        self.forged_settings(agents["borealis"])
-        self.foreign_ticket(agents["borealis"])
-        self.revocation(agents["atlas"], agents["borealis"])
+        with Kakunin(f"{self.dsn} user=dba", keys=self.keys) as kakunin:
+            agents = self.certify(kakunin)
+            self.self_signed(agents["atlas"].agent_id)
+            self.protect(agents)
+            self.broad_select(agents)
+            self.forged_settings(agents["borealis"])
+            self.foreign_ticket(agents["borealis"])
+            self.revocation(agents["atlas"], agents["borealis"])
+            self.halt(kakunin, agents["borealis"])
 
     def install(self) -> None:
         self.heading("1  Install, as a login that is not superuser")
@@ -111,20 +123,45 @@ class Demo:
                 raise AssertionError("the installer is superuser")
         self.good(f"kakunin-db is in Postgres {version}; dba has CREATEROLE, not superuser")
 
-    def certify(self, authority: LocalCA, name: str) -> AgentCredential:
-        """An agent, its key and certificate, and a login that holds kakunin_agent and nothing else."""
-        signer = LocalSigner.generate()
+    def certify(self, kakunin: Kakunin) -> dict[str, AgentCredential]:
+        """An authority, and two agents: each with a key of its own, a certificate, and a login."""
+        store = "AWS KMS (moto's)" if isinstance(self.keys, KMSKeys) else "encrypted files"
+        self.heading(f"2  A certificate authority and two agents, their keys in {store}")
+        root, issuing = sorted(
+            kakunin.authorities.create("Demo Root CA", intermediate="Demo Issuing CA"),
+            key=lambda authority: authority.key_id != authority.issuer_key_id,
+        )
+        self.good(f"{root.name} and, below it, {issuing.name} are pinned in the database")
+        agents = {}
+        for name in ("atlas", "borealis"):
+            agent = kakunin.agents.create(
+                name, model="gpt-4o", model_hash=compute_model_hash({"model": "gpt-4o", "agent": name})
+            )
+            certificate = kakunin.agents.certify(agent.agent_id, permitted_actions=["vault:read"])
+            with self.connect("dba") as dba:
+                dba.execute(
+                    sql.SQL("create role {} login in role kakunin_agent").format(sql.Identifier(name))
+                )
+                installation = self.value(dba, "select kakunin.installation_id()")
+            signer = self.keys.open(_public_key(certificate.der))
+            agents[name] = AgentCredential(agent.agent_id, certificate.serial_number, signer, installation)
+            self.good(f"{name:<8} {certificate.serial_number}")
+        self.say(
+            "RSA-2048, X.509, one login each. The database verified each signature; it has no private key."
+        )
+        return agents
+
+    def self_signed(self, agent_id: uuid.UUID) -> None:
+        self.heading("3  A certificate that an attacker with the registrar's role signed")
+        rogue = CertificateAuthority.create(LocalSigner.generate(), "Demo Issuing CA")
+        forged = rogue.issue(agent_id, LocalSigner.generate().public_key(), permitted_actions=["vault:*"])
         with self.connect("dba") as dba:
-            agent_id = self.value(dba, "select kakunin.create_agent(%s)", name)
-            issued = authority.issue(agent_id, signer.public_key(), permitted_actions=["vault:read"])
-            issued.register(dba)
-            dba.execute(sql.SQL("create role {} login in role kakunin_agent").format(sql.Identifier(name)))
-            installation = self.value(dba, "select kakunin.installation_id()")
-        self.good(f"{name:<8} {issued.serial}")
-        return AgentCredential(agent_id, issued.serial, signer, installation)
+            self.show_sql("dba", f"select kakunin.register_certificate('\\x{forged.der.hex()[:24]}...')")
+            self.refused(dba, "KA010", "select kakunin.register_certificate(%s)", forged.der)
+        self.good("no identity without the pinned authority's signature")
 
     def protect(self, agents: dict[str, AgentCredential]) -> None:
-        self.heading("3  One shared table, protected")
+        self.heading("4  One shared table, protected")
         with self.connect("dba") as dba:
             dba.execute(_SETUP)
             dba.cursor().executemany(
@@ -136,7 +173,7 @@ class Demo:
         self.good("row-level security is on")
 
     def broad_select(self, agents: dict[str, AgentCredential]) -> None:
-        self.heading("4  A broad select * returns each agent's own rows")
+        self.heading("5  A broad select * returns each agent's own rows")
         for name, credential in agents.items():
             with self.connect(name) as connection, bind_agent_session(connection, credential):
                 self.rows(connection, name, secrets_of(name))
@@ -146,7 +183,7 @@ class Demo:
         self.good("the database filters, whatever the query asks for")
 
     def forged_settings(self, victim: AgentCredential) -> None:
-        self.heading("5  An agent that was talked into forging its identity")
+        self.heading("6  An agent that was talked into forging its identity")
         with self.connect("atlas") as connection:
             for setting, value in [
                 ("request.jwt.claims", f'{{"kakunin_cert_serial": "{victim.serial}"}}'),
@@ -158,7 +195,7 @@ class Demo:
         self.good("a setting that anybody can write proves nothing")
 
     def foreign_ticket(self, victim: AgentCredential) -> None:
-        self.heading("6  A ticket stolen from another agent")
+        self.heading("7  A ticket stolen from another agent")
         with self.connect("borealis") as connection:
             assertion = victim.assertion(self.value(connection, "select kakunin.installation_id()"))
             ticket = self.value(connection, "select kakunin.open_session(%s)", assertion)
@@ -168,7 +205,7 @@ class Demo:
         self.good("a ticket is good for the login it was issued to")
 
     def revocation(self, atlas: AgentCredential, borealis: AgentCredential) -> None:
-        self.heading("7  Revoked in one session, gone in another at its next statement")
+        self.heading("8  Revoked in one session, gone in another at its next statement")
         with self.connect("atlas") as connection, bind_agent_session(connection, atlas):
             self.rows(connection, "atlas", secrets_of("atlas"))
             with self.connect("dba") as dba:
@@ -183,7 +220,45 @@ class Demo:
             self.rows(connection, "borealis", secrets_of("borealis"))
         self.good("no token's lifetime stands between the decision and its effect")
 
-    def refused(self, connection: psycopg.Connection[Any], state: str, query: str, *params: str) -> None:
+    def halt(self, kakunin: Kakunin, borealis: AgentCredential) -> None:
+        self.heading("9  The kill switch, and a receipt that anybody can check")
+        with self.connect("borealis") as connection, bind_agent_session(connection, borealis):
+            self.rows(connection, "borealis", secrets_of("borealis"))
+            self.show_python(f"kakunin.agents.halt('{str(borealis.agent_id)[:8]}...', 'unusual volatility')")
+            receipt = kakunin.agents.halt(borealis.agent_id, "unusual volatility")
+            self.rows(connection, "borealis", [])
+            self.refused(connection, "KA002", "select kakunin.require_session()")
+        if receipt.signature is None:
+            raise AssertionError(f"the receipt was not signed: {receipt.pending}")
+        self.say(f"Signed by {receipt.key_id}: {receipt.signature[:32]}...")
+        body, signature = write_receipt(receipt, self.folder)
+        authority = next(a for a in kakunin.authorities.list() if a.key_id == receipt.key_id)
+        key = self.folder / "authority.pub"
+        key.write_bytes(
+            _public_key(authority.der).public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+        )
+        if signature is None or not (openssl := shutil.which("openssl")):
+            self.say("openssl is not installed, so nobody else checked the receipt here.")
+            return
+        command = [openssl, "dgst", "-sha256", "-verify", str(key), "-signature", str(signature), str(body)]
+        self.console.print(
+            Text(f"$ openssl dgst -sha256 -verify {key.name} -signature halt.sig halt.json", style="white")
+        )
+        done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+        if done.stdout.strip() != "Verified OK":
+            raise AssertionError(f"openssl: {done.stdout}{done.stderr}")
+        self.good(
+            f"{done.stdout.strip()}: the halt is on record, signed, and needs no database to be checked"
+        )
+
+    def show_python(self, statement: str) -> None:
+        self.console.print(Text.assemble((">>> ", "bold magenta"), (statement, "white")))
+
+    def refused(
+        self, connection: psycopg.Connection[Any], state: str, query: str, *params: str | bytes
+    ) -> None:
         """Runs a statement that must be refused with this SQLSTATE, and undoes the failed transaction."""
         try:
             connection.execute(query.encode(), params)
@@ -195,6 +270,27 @@ class Demo:
             connection.rollback()
         else:
             raise AssertionError(f"{query} was not refused")
+
+
+def _public_key(der: bytes) -> Any:
+    return x509.load_der_x509_certificate(der).public_key()
+
+
+@contextlib.contextmanager
+def key_store(folder: Path) -> Iterator[KeyStore]:
+    """KMS as moto plays it, where moto is installed; otherwise encrypted files."""
+    if not (importlib.util.find_spec("moto") and importlib.util.find_spec("boto3")):
+        yield LocalKeys(folder / "keys", uuid.uuid4().bytes)
+        return
+    from moto import mock_aws  # noqa: PLC0415
+    from moto.kms.utils import RSAPrivateKey  # noqa: PLC0415
+
+    def sign_digest(key: Any, digest: bytes, _algorithm: str) -> Any:
+        return key.private_key.sign(digest, padding.PKCS1v15(), utils.Prehashed(hashes.SHA256()))
+
+    # moto 5.2 hashes what it is given although MessageType says DIGEST, which AWS does not.
+    with mock_aws(), unittest.mock.patch.object(RSAPrivateKey, "sign", sign_digest):
+        yield KMSKeys()
 
 
 @contextlib.contextmanager
@@ -221,8 +317,8 @@ def main() -> int:
     with console.status("starting an embedded Postgres 18"):
         stack = contextlib.ExitStack()
         dsn = stack.enter_context(embedded_server())
-    with stack:
-        Demo(dsn, console).run()
+    with stack, tempfile.TemporaryDirectory(prefix="kakunin-") as folder, key_store(Path(folder)) as keys:
+        Demo(dsn, keys, Path(folder), console).run()
     console.print()
     console.print(Text("Done. The server and its data are gone.", style="bold"))
     return 0

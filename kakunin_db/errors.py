@@ -79,6 +79,14 @@ class BadInputError(KakuninError, ValueError):
     sqlstate = "KA010"
 
 
+class SignerError(KakuninError):
+    """A key cannot sign: denied, disabled, not found, of another kind, or another key signed. No SQLSTATE."""
+
+
+class SignerUnavailableError(SignerError):
+    """A key cannot sign now: the KMS or token does not answer, or asks to wait. Try again later."""
+
+
 _BY_SQLSTATE: dict[str, type[KakuninError]] = {
     cls.sqlstate: cls
     for cls in (

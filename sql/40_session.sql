@@ -259,6 +259,17 @@ $$;
 comment on function kakunin_private.bound_serial() is
   'The serial this session is bound to, whatever the state of the certificate; NULL without a binding that verifies';
 
+-- Which backend is bound to what, for halt_agent(terminate => true): an advisory lock of the transaction. The
+-- agent's SQL cannot let go of it but by rolling back to a savepoint, and may then put the binding back, which it
+-- can read. So current_cert_serial() takes the lock too: what a transaction has read or written as an agent, and
+-- not undone, it holds the lock for. Its second number is a hash of the serial. The first is one that nobody
+-- else can tell beforehand, to hold the lock and so keep a binding from being made.
+create function kakunin_private.mark_bound(p_binding text, p_serial text) returns boolean
+language sql volatile parallel restricted
+return pg_try_advisory_xact_lock_shared(
+  hashtext(p_binding collate "C") # timestamp_hash(transaction_timestamp() at time zone interval '0'), hashtext(p_serial collate "C"));
+comment on function kakunin_private.mark_bound(text, text) is 'Marks this transaction as bound to the serial; false where another session holds the lock';
+
 -- bound_serial() and is_usable() in one statement: every statement on a protected table pays for this one,
 -- and a second query inside it would double that.
 create function kakunin.current_cert_serial() returns text
@@ -270,7 +281,7 @@ declare
 begin
   if v_binding <> '' then
     return (
-      select c.serial
+      select case when kakunin_private.mark_bound(v_binding, c.serial) then c.serial end
         from kakunin_private.session_keys k
         join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
         join kakunin_private.agents a on a.agent_id = c.agent_id
@@ -300,7 +311,7 @@ create function kakunin.current_agent_id() returns uuid
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin.current_cert_serial();
+  v_serial text collate "C" := kakunin.current_cert_serial();
 begin
   return (select c.agent_id from kakunin_private.certificates c where c.serial = v_serial);
 end
@@ -330,7 +341,7 @@ create function kakunin.require_session() returns text
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin_private.bound_serial();
+  v_serial text collate "C" := kakunin_private.bound_serial();
 begin
   if v_serial is null then
     raise exception using errcode = 'KA004',
@@ -348,7 +359,7 @@ create function kakunin.require_scope(scope text) returns boolean
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin.require_session();
+  v_serial text collate "C" := kakunin.require_session();
 begin
   if not kakunin.has_scope(require_scope.scope) then
     raise exception using errcode = 'KA005',
@@ -388,16 +399,64 @@ return case when p_claims <> '' then (kakunin_private.claims_object(p_claims)
   else '{"kakunin_cert_serial":"' || p_serial || '"}' end;
 comment on function kakunin_private.claims_with(text, text) is 'These claims, with kakunin_cert_serial set to the serial';
 
+-- Reads no catalog that databases share: locking one takes room in the lock table, and an agent may have used it up.
+create function kakunin_private.bound_backends(p_serials text[]) returns integer[]
+language sql stable parallel restricted
+return coalesce((
+  select array_agg(distinct l.pid)
+    from pg_locks l, unnest(p_serials) s
+   where l.locktype = 'advisory' and l.objsubid = 2 and l.mode = 'ShareLock' and l.granted
+     and l.database = (select o.database from pg_locks o
+                        where o.pid = pg_backend_pid() and o.locktype = 'relation' and o.relation = 'pg_locks'::regclass)
+     and l.pid <> pg_backend_pid()
+     and l.objid = (hashtext(s collate "C")::bigint & 4294967295)::oid), '{}');
+comment on function kakunin_private.bound_backends(text[]) is 'Other backends whose transaction or session is bound to one of these serials';
+
+-- The lock of a session cannot be protected from its own SQL, and need not be drawn anew: taken once, at 0.
+create function kakunin_private.mark_session(p_serial text, p_bound boolean) returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_lock constant integer := hashtext(p_serial collate "C");
+  v_held constant boolean := exists (
+    select from pg_locks l
+     where l.pid = pg_backend_pid() and l.locktype = 'advisory' and l.objsubid = 2 and l.classid = 0::oid
+       and l.objid = (v_lock::bigint & 4294967295)::oid and l.granted);
+begin
+  if p_bound and not v_held then
+    perform pg_try_advisory_lock_shared(0, v_lock);
+  elsif v_held and not p_bound then
+    perform pg_advisory_unlock_shared(0, v_lock);
+  end if;
+end
+$$;
+comment on function kakunin_private.mark_session(text, boolean) is 'Takes, or lets go of, the lock of a session-scoped binding';
+
+create function kakunin_private.not_marked() returns text
+language plpgsql stable parallel restricted
+as $$
+begin
+  raise exception using errcode = 'KA004',
+    message = format('the lock that marks a binding of backend %s is held by another one', pg_backend_pid()),
+    hint = 'Bind again.';
+end
+$$;
+comment on function kakunin_private.not_marked() is 'Raises KA004: the binding could not be marked, which takes a collision of random numbers';
+
 -- One expression that reads no table: evaluated without the cost of a statement, a third of the whole here.
 create function kakunin_private.bind(p_serial text, p_binding text, p_is_local boolean) returns text
 language plpgsql volatile parallel unsafe
 as $$
 begin
+  if not p_is_local then
+    perform kakunin_private.mark_session(p_serial, true);
+  end if;
   return case when
-    set_config('kakunin.session', p_binding, p_is_local) is not null
+    kakunin_private.mark_bound(p_binding, p_serial)
+    and set_config('kakunin.session', p_binding, p_is_local) is not null
     and set_config('request.jwt.claims', kakunin_private.claims_with(
       case when p_is_local then current_setting('request.jwt.claims', true) end, p_serial), p_is_local) is not null
-    then p_serial end;
+    then p_serial else kakunin_private.not_marked() end;
 end
 $$;
 comment on function kakunin_private.bind(text, text, boolean) is
@@ -453,7 +512,7 @@ create function kakunin.bind_serial(serial text) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial  text := kakunin.normalize_serial(bind_serial.serial);
+  v_serial  text collate "C" := kakunin.normalize_serial(bind_serial.serial);
   v_binding text;
 begin
   perform kakunin_private.check_certificate(v_serial);
@@ -479,6 +538,7 @@ begin
   -- Not local: what a session-wide binding left must go too, and '' is what an unset one reads as.
   perform set_config('kakunin.session', '', false);
   if split_part(v_binding, '|', 3) = 's' then
+    perform kakunin_private.mark_session(split_part(v_binding, '|', 2), false);
     perform set_config('request.jwt.claims', '{}', false);
   elsif v_claims <> '' then
     perform set_config('request.jwt.claims', (kakunin_private.claims_object(v_claims) - 'kakunin_cert_serial')::text, true);

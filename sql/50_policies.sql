@@ -1,7 +1,8 @@
 -- Policies: putting row-level security on a table of yours.
 --
 -- protect() writes what sql/policies/agent_vault.sql shows by hand: one permissive policy that lets a
--- bound session see and change the rows whose serial column equals its own. A role the policy does not
+-- bound session see and change the rows whose serial column equals its own. Where that column is a uuid it
+-- holds the agent's id instead, and the rows stay the agent's when its certificate is renewed. A role the policy does not
 -- name, and a session without a binding, sees no row. With write_scope, three restrictive policies
 -- refuse aloud (KA005) any write, by anybody, without a certificate that permits that action.
 --
@@ -61,7 +62,6 @@ begin
       message = 'write_scope is 1 to 128 characters from A-Z a-z 0-9 _ . : / -';
   end if;
   select string_agg(quote_ident(r), ', ') into v_roles from unnest(roles) r;
-  v_isolation := format('%I = (select kakunin.current_cert_serial())', serial_column);
   v_scope := format('(select kakunin.require_scope(%L))', write_scope);
 
   for v_table in
@@ -84,11 +84,13 @@ begin
         message = format('%s is not a table, and only a table can have row-level security', v_table.name),
         hint = 'Protect the tables below it; make views over them with security_invoker = true.';
     end if;
-    if v_table.attnum is null or v_table.column_type not in ('text'::regtype, 'varchar'::regtype) then
+    if v_table.attnum is null or v_table.column_type not in ('text'::regtype, 'varchar'::regtype, 'uuid'::regtype) then
       raise exception using errcode = 'KA010',
-        message = format('%s has no column %I of type text or varchar', v_table.name, serial_column),
-        hint = 'Add it, or name the column that holds the serial of the agent a row belongs to.';
+        message = format('%s has no column %I of type text, varchar or uuid', v_table.name, serial_column),
+        hint = 'Add it, or name the column that holds the serial, or the agent id, that a row belongs to.';
     end if;
+    v_isolation := format('%I = (select kakunin.%I())', serial_column,
+      case when v_table.column_type = 'uuid'::regtype then 'current_agent_id' else 'current_cert_serial' end);
     if not v_table.collisdeterministic then
       raise exception using errcode = 'KA010',
         message = format('the column %I of %s has a nondeterministic collation, under which two serials may be equal',
@@ -175,7 +177,7 @@ begin
 end
 $$;
 comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp

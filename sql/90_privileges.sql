@@ -22,16 +22,33 @@ grant execute on function
 grant execute on function kakunin.bind_serial(text) to kakunin_gateway;
 
 grant execute on function
-  kakunin.create_agent(text, text),
-  kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[])
+  kakunin.create_agent(text, text, text, text, text), kakunin.register_certificate(bytea, interval)
   to kakunin_registrar;
 
+grant execute on function kakunin.update_agent(uuid, text, text, text, text, text) to kakunin_registrar, kakunin_operator;
+
+-- Verification tells what a certificate says, which its holder shows to everybody.
+grant execute on function kakunin.verify_certificate(text), kakunin.verify_message(text, bytea, bytea) to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+
+grant select on kakunin.authorities, kakunin.crls to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+
 grant select on kakunin.agents, kakunin.certificates to kakunin_registrar, kakunin_operator, kakunin_auditor;
+
+-- What the holder of an authority's key has to sign, and brings back. The database verifies the signatures.
+grant select on kakunin.halts to kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+grant execute on function kakunin.crls_due(), kakunin.revocations(text) to
+  kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+grant execute on function kakunin.publish_crl(bytea), kakunin.sign_halt(uuid, text, bytea) to
+  kakunin_registrar, kakunin_operator, kakunin_worker;
 
 -- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
 -- tables who is no operator is granted the two, and USAGE on schema kakunin, by name.
 grant execute on function
+  kakunin.trust_ca(bytea), kakunin.distrust_ca(text, text),
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
+  kakunin.halt_agent(uuid, text, boolean),
   kakunin.rotate_session_key(interval),
   kakunin.protect(regclass, name, name[], text, boolean, boolean), kakunin.unprotect(regclass)
   to kakunin_operator;

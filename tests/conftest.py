@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import functools
 import itertools
 import uuid
@@ -14,7 +15,7 @@ import psycopg
 import pytest
 from cluster import MAJORS, Cluster, binaries
 
-from kakunin_db import AgentCertificate, AgentCredential, LocalCA, LocalSigner
+from kakunin_db import AgentCertificate, AgentCredential, CertificateAuthority, LocalSigner
 from kakunin_db.resources import install_sql
 
 # Logins of the cluster and the roles they hold. `installer` owns the kit and is not superuser;
@@ -46,6 +47,7 @@ def start_cluster(major: int) -> Cluster:
         admin.execute("grant create on database kit_template to installer")
     with cluster.connect("kit_template", "installer") as installer:
         installer.execute(install_sql())
+        _ca().trust(installer)
     with cluster.connect(autocommit=True) as admin:
         for login, roles in LOGINS.items():
             admin.execute(f"create role {login} login")
@@ -97,12 +99,20 @@ class Database:
     def installation_id(self) -> uuid.UUID:
         return self.value("installer", "select kakunin.installation_id()")
 
-    def agent(self, name: str = "agent", **certificate: Any) -> Agent:
-        """A new agent with a registered certificate; keyword arguments go to LocalCA.issue()."""
+    def agent(self, name: str = "agent", *, signer: LocalSigner | None = None, **certificate: Any) -> Agent:
+        """A new agent with a registered certificate; keyword arguments go to CertificateAuthority.issue()."""
         agent_id = self.value("registrar", "select kakunin.create_agent(%s)", [name])
-        signer = next(_signers())
+        signer = signer or next(_signers())
         issued = _ca().issue(agent_id, signer.public_key(), **certificate)
         self.register(issued)
+        return Agent(self, issued, signer)
+
+    def renew(self, agent: Agent, overlap: dt.timedelta = dt.timedelta(hours=1), **certificate: Any) -> Agent:
+        """The same agent with a new key and certificate, registered with this overlap."""
+        signer = next(_signers())
+        issued = _ca().issue(agent.agent_id, signer.public_key(), **certificate)
+        with self.connect("registrar") as connection:
+            issued.register(connection, overlap)
         return Agent(self, issued, signer)
 
     def register(self, issued: AgentCertificate) -> None:
@@ -128,6 +138,11 @@ class Agent:
         return self.issued.serial
 
     @property
+    def modulus(self) -> bytes:
+        """Big-endian."""
+        return self.signer.public_key().public_numbers().n.to_bytes(256, "big")
+
+    @property
     def credential(self) -> AgentCredential:
         return AgentCredential(self.agent_id, self.serial, self.signer)
 
@@ -143,13 +158,17 @@ class Agent:
 
 @functools.cache
 def _signers() -> Iterator[LocalSigner]:
-    """RSA keys are slow to make, and tests need distinct ones only among neighbours."""
+    """RSA keys are slow to make, and tests need distinct ones only among neighbours.
+
+    None of these may be revoked as compromised: no certificate for it is registered any more.
+    """
     return itertools.cycle([LocalSigner.generate() for _ in range(6)])
 
 
 @functools.cache
-def _ca() -> LocalCA:
-    return LocalCA.create()
+def _ca() -> CertificateAuthority:
+    """The root that every database trusts."""
+    return CertificateAuthority.create(LocalSigner.generate(), "Test CA")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 from conftest import Agent, Database, Vault, _ca, fresh_database
+from cryptography.hazmat.primitives import serialization
 
 SCHEMAS = "('kakunin'::regnamespace, 'kakunin_private'::regnamespace)"
 ROLES = [f"kakunin_{name}" for name in ("agent", "auditor", "gateway", "operator", "registrar", "worker")]
@@ -66,15 +68,20 @@ def test_only_the_owner_reaches_the_private_schema(catalog: Catalog) -> None:
 
 
 def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
-    """But for SELECT on the two views that are there to look things up."""
+    """But for SELECT on the views that are there to look things up."""
     granted = (
         "select c.relname || ' ' || g.grantee::regrole || ' ' || g.privilege_type"
         " from RELATIONS c, aclexplode(relacl) g where g.grantee <> relowner"
     )
-    readers = ["kakunin_auditor", "kakunin_operator", "kakunin_registrar"]
-    assert sorted(catalog(granted)) == [
-        f"{view} {role} SELECT" for view in ("agents", "certificates") for role in readers
-    ]
+    readers = {"kakunin_auditor", "kakunin_operator", "kakunin_registrar"}
+    views = {
+        "agents": readers,
+        "certificates": readers,
+        "authorities": ROLES,
+        "crls": ROLES,
+        "halts": {*readers, "kakunin_worker"},
+    }
+    assert set(catalog(granted)) == {f"{view} {role} SELECT" for view in views for role in views[view]}
     columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
     assert catalog(columns) == []
     readable = (
@@ -178,6 +185,13 @@ def test_names_in_sql_functions_were_resolved_when_they_were_made(catalog: Catal
     sql += " where lanname = 'sql'"
     assert len(catalog(sql)) >= 5
     assert catalog(f"{sql} and prosqlbody is null") == []
+
+
+def test_nothing_notifies(catalog: Catalog) -> None:
+    """One lock for the whole cluster, which any login can hold up, and a queue that any login can fill."""
+    notifying = "select p.oid::regprocedure::text from FUNCTIONS p where prosrc ~* "
+    assert catalog(f"{notifying} 'perform '")
+    assert catalog(f"{notifying} '(pg_)?notify'") == []
 
 
 @pytest.mark.parametrize(
@@ -393,15 +407,16 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
 
 def servers_calls(login: str, agent: Agent) -> Calls:
     """What the other roles may call, with what changes the agent undone again."""
-    issued = _ca().issue(agent.agent_id, agent.signer.public_key(), permitted_actions=["a:*"])
-    certificate = [
-        issued.agent_id, issued.der, issued.serial, issued.public_key_modulus,
-        issued.certificate.not_valid_before_utc, issued.certificate.not_valid_after_utc, ["a:*"],
-    ]  # fmt: skip
-    register = (
-        "select pg_catalog.length(kakunin.register_certificate("
-        "%s, %s, %s, %s, %s, %s, %s::pg_catalog.text[]))"
+    authority = _ca()
+    issued = authority.issue(
+        agent.agent_id, agent.signer.public_key(), permitted_actions=["a:*"], financial_scope={"x": 1}
     )
+    register = "select pg_catalog.length(kakunin.register_certificate(%s, '1 hour'))"
+    signature = agent.signer.sign(hashlib.sha256(b"payload").digest())
+    key_id = authority.key_id
+    crl = authority.revocation_list([], 1).public_bytes(serialization.Encoding.DER)
+    halt = "select pg_catalog.jsonb_typeof(kakunin.halt_agent(%s, 'why', true))"
+    model_hash = "sha256:" + "0" * 64
     return {
         "gateway": [
             ("select kakunin.bind_serial(%s)", [agent.serial]),
@@ -409,16 +424,28 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.bind_serial('01:02')", []),
         ],
         "registrar": [
+            ("select kakunin.verify_certificate(%s)", [agent.serial]),
+            ("select kakunin.verify_message(%s, 'payload', %s)", [agent.serial, signature]),
             ("select kakunin.create_agent('x', 't') is null", []),
             ("select kakunin.create_agent('')", []),
-            (register, certificate),
-            (register, certificate),
+            (register, [issued.der]),
+            (register, [issued.der]),
+            (register, [issued.der[:-1]]),
+            ("select kakunin.crls_due()", []),
+            ("select kakunin.revocations(%s) is null", [key_id]),
+            ("select kakunin.publish_crl(%s)", [crl]),
+            ("select kakunin.sign_halt(%s, %s, %s)", [agent.agent_id, key_id, signature]),
+            ("select kakunin.update_agent(%s, model => 'm', model_hash => %s)", [agent.agent_id, model_hash]),
         ],
         "operator": [
             ("select kakunin.suspend_agent(%s, 'why')", [agent.agent_id]),
             ("select kakunin.reinstate_agent(%s)", [agent.agent_id]),
             ("select kakunin.rotate_session_key()", []),
             ("select kakunin.revoke_certificate('01:02')", []),
+            ("select kakunin.trust_ca(%s)", [authority.der]),
+            ("select kakunin.trust_ca(%s)", [issued.der]),
+            (halt, [agent.agent_id]),
+            ("select pg_catalog.cardinality(kakunin.distrust_ca(%s, 'cACompromise')) is null", [key_id]),
             ("select kakunin.revoke_certificate(%s, 'superseded') is null", [agent.serial]),
         ],
         "app": [

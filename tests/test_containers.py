@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from testcontainers.community.postgres import PostgresContainer
 
-from kakunin_db import AgentCredential, LocalCA, LocalSigner, bind_agent_session
+from kakunin_db import AgentCredential, CertificateAuthority, LocalSigner, bind_agent_session
 from kakunin_db.migrate import downgrade, migrate
 
 
@@ -37,10 +37,12 @@ def test_the_official_image_installs_binds_and_uninstalls(major: int) -> None:
         )
         migrate(dsn)
         signer = LocalSigner.generate()
+        authority = CertificateAuthority.create(LocalSigner.generate())
         with psycopg.connect(admin_dsn, autocommit=True) as admin:
             admin.execute("grant kakunin_agent to agent")
+            authority.trust(admin)
             (agent_id,) = admin.execute("select kakunin.create_agent('agent')").fetchone()
-            issued = LocalCA.create().issue(agent_id, signer.public_key())
+            issued = authority.issue(agent_id, signer.public_key())
             issued.register(admin)
             admin.execute("create table vault (permitted_agent_serial text)")
             admin.execute("insert into vault values (%s), ('AA:BB')", [issued.serial])

@@ -355,7 +355,7 @@ def test_a_serial_column_is_text(database: Database, agents: tuple[Agent, Agent]
 
 
 @pytest.mark.parametrize(
-    "column", ["char(59)", "name", "text[]", "bytea", "json", "int", "uuid", "int_domain"]
+    "column", ["char(59)", "name", "text[]", "bytea", "json", "int", "uuid[]", "int_domain"]
 )
 def test_a_column_of_another_type_is_refused(table: Table, column: str) -> None:
     table.run("create domain int_domain as int")
@@ -364,6 +364,37 @@ def test_a_column_of_another_type_is_refused(table: Table, column: str) -> None:
         assert table.refusal(serial_column="other") == "KA010"
     finally:
         table.run("drop domain int_domain cascade")
+
+
+def test_rows_of_an_agent_stay_its_own_when_its_certificate_is_renewed(database: Database) -> None:
+    """A uuid column holds the agent's id."""
+    one, two = database.agent("one"), database.agent("two")
+    with database.connect("app") as app:
+        app.execute("create table by_agent (permitted_agent_id uuid, content text)")
+        app.execute(
+            "insert into by_agent values (%s, 'one'), (%s, 'two'), (null, 'nobody')",
+            [one.agent_id, two.agent_id],
+        )
+        app.execute("select kakunin.protect('by_agent', 'permitted_agent_id')")
+        app.execute("grant select, insert on by_agent to kakunin_agent")
+    try:
+        renewed = database.renew(one)
+
+        def seen(agent: Agent | None) -> set[str]:
+            with session(database, agent) as connection:
+                return {content for (content,) in connection.execute("select content from by_agent")}
+
+        assert (seen(one), seen(renewed), seen(two), seen(None)) == ({"one"}, {"one"}, {"two"}, set())
+        with session(database, renewed) as connection:
+            connection.execute("insert into by_agent values (%s, 'mine')", [one.agent_id])
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute("insert into by_agent values (%s, 'not mine')", [two.agent_id])
+        one.revoke()
+        assert (seen(renewed), seen(two)) == ({"one"}, {"two"})
+        with pytest.raises(psycopg.Error, match="revoked"):
+            seen(one)
+    finally:
+        database.run("app", "drop table by_agent")
 
 
 def test_a_dropped_column_is_refused(table: Table) -> None:

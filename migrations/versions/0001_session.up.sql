@@ -252,19 +252,581 @@ $$;
 comment on function kakunin_private.rsa_pkcs1_sha256_verify(bytea, bigint, bytea, bytea) is
   'RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 section 8.2.2). False for a wrong signature, KA010 for a key it does not do';
 
--- Identity: agents and their X.509 certificates.
+-- DER: reading the encoding of certificates and revocation lists (X.690), strictly.
+--
+-- One value has one encoding, or two readers could see two certificates in the same signed bytes. So whatever
+-- X.690 section 10 leaves no choice about is checked: definite lengths in their shortest form, integers,
+-- booleans, object identifiers and bit strings in theirs, the elements of a SET in their order, nothing left
+-- over after the last element. Tags that RFC 5280 has no use for are refused, as are elements nested deeper
+-- than certificates ever are.
+--
+-- der_check() goes once through the whole tree. After it, der_children() and der_content() take it apart, each
+-- element as its own bytes, and need no checks beyond "is this what is expected here".
+
+create function kakunin_private.refuse(p_what text, p_why text, p_hint text default '') returns void
+language plpgsql volatile parallel safe  -- not to be worked out at planning, which would raise it before its time
+as $$
+begin
+  if p_hint = '' then
+    raise exception using errcode = 'KA010', message = format('%s is refused: %s', p_what, p_why);
+  end if;
+  raise exception using errcode = 'KA010', message = format('%s is refused: %s', p_what, p_why), hint = p_hint;
+end
+$$;
+comment on function kakunin_private.refuse(text, text, text) is 'Raises KA010: this thing is refused, why, and what to do';
+
+create function kakunin_private.colon_hex(p_bytes bytea) returns text
+language sql immutable strict parallel safe
+return rtrim(regexp_replace(upper(encode(p_bytes, 'hex')), '(..)', E'\\1:', 'g'), ':');
+comment on function kakunin_private.colon_hex(bytea) is 'Upper-case hexadecimal bytes joined by colons, as serials and key ids are written';
+
+create function kakunin_private.der_header(
+  p_der bytea, p_at integer, p_end integer, out tag integer, out content_at integer, out next_at integer
+)
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_length integer;
+  v_bytes  integer;
+begin
+  if p_at + 2 > p_end then
+    perform kakunin_private.refuse('the encoding', format('it ends inside the element at byte %s', p_at));
+  end if;
+  tag := get_byte(p_der, p_at);
+  v_length := get_byte(p_der, p_at + 1);
+  content_at := p_at + 2;
+  if v_length >= 128 then
+    v_bytes := v_length - 128;
+    -- 128 alone is the indefinite form; three bytes count to 16 MiB, more than anything read here may have.
+    if v_bytes not between 1 and 3 or content_at + v_bytes > p_end then
+      perform kakunin_private.refuse('the encoding', format('the length at byte %s is indefinite, too long or cut off', p_at + 1));
+    end if;
+    v_length := 0;
+    for i in 1..v_bytes loop
+      v_length := v_length * 256 + get_byte(p_der, content_at);
+      content_at := content_at + 1;
+    end loop;
+    if v_length < 128 or v_length < 1 << (8 * (v_bytes - 1)) then
+      perform kakunin_private.refuse('the encoding', format('the length at byte %s is not in its shortest form', p_at + 1));
+    end if;
+  end if;
+  next_at := content_at + v_length;
+  if next_at > p_end then
+    perform kakunin_private.refuse('the encoding', format('the element at byte %s is longer than what holds it', p_at));
+  end if;
+end
+$$;
+comment on function kakunin_private.der_header(bytea, integer, integer) is
+  'Tag, first content byte and end of the element at a byte (from 0) that must end by p_end; KA010 for a bad header';
+
+create function kakunin_private.der_check(p_der bytea) returns void
+language plpgsql immutable parallel safe
+as $$
+declare
+  c_depth  constant integer := 16;  -- certificates need 8
+  v_length constant integer := octet_length(p_der);
+  v_der    constant bytea := p_der || ''::bytea;  -- out of a table, it would be decompressed for each byte that is read
+  v_ends   integer[] := '{}'::integer[];
+  v_depth  integer := 0;
+  v_at     integer := 0;
+  v_header record;
+  v_size   integer;
+  v_wrong  text;
+begin
+  v_header := kakunin_private.der_header(v_der, 0, v_length);
+  if v_header.next_at <> v_length then
+    perform kakunin_private.refuse('the encoding', format('%s bytes follow its end', v_length - v_header.next_at));
+  end if;
+  while v_at < v_length loop
+    v_header := kakunin_private.der_header(v_der, v_at, case when v_depth = 0 then v_length else v_ends[v_depth] end);
+    v_size := v_header.next_at - v_header.content_at;
+    if v_header.tag in (48, 49) or v_header.tag between 160 and 190 then  -- SEQUENCE, SET, [0] to [30]
+      v_depth := v_depth + 1;
+      if v_depth > c_depth then
+        perform kakunin_private.refuse('the encoding', format('it is nested deeper than %s levels', c_depth));
+      end if;
+      if v_header.tag = 49 and exists (
+        select from (
+          select u.element, lag(u.element) over (order by u.n) as before
+            from unnest(kakunin_private.der_children(
+              substr(v_der, v_at + 1, v_header.next_at - v_at), 49, 'the encoding')) with ordinality as u(element, n)) s
+         where s.element < s.before) then
+        perform kakunin_private.refuse('the encoding', format('the elements of the set at byte %s are not in order', v_at));
+      end if;
+      v_ends[v_depth] := v_header.next_at;
+      v_at := v_header.content_at;
+    else
+      v_wrong := case v_header.tag
+        when 1 then  -- BOOLEAN
+          case when v_size <> 1 or get_byte(v_der, v_header.content_at) not in (0, 255) then 'boolean' end
+        when 2 then null  -- INTEGER, below
+        when 10 then null  -- ENUMERATED, below
+        when 3 then  -- BIT STRING: the count of unused bits, which are zero
+          case when v_size < 1 then 'bit string'
+               when get_byte(v_der, v_header.content_at) > case when v_size > 1 then 7 else 0 end
+                 or get_byte(v_der, v_header.next_at - 1) & ((1 << get_byte(v_der, v_header.content_at)) - 1) <> 0
+               then 'bit string' end
+        when 5 then case when v_size <> 0 then 'null' end
+        when 6 then  -- OBJECT IDENTIFIER: parts end with a byte below 128, and none begins with 128
+          case when v_size < 1 then 'object identifier'
+               when get_byte(v_der, v_header.next_at - 1) >= 128 or get_byte(v_der, v_header.content_at) = 128
+                 or encode(substr(v_der, v_header.content_at + 1, v_size), 'hex') ~ '^(..)*[0-7].80'
+               then 'object identifier' end
+        when 4 then null   -- OCTET STRING
+        when 12 then null  -- UTF8String; strings and times are read where they are used
+        when 19 then null  -- PrintableString
+        when 22 then null  -- IA5String
+        when 23 then null  -- UTCTime
+        when 24 then null  -- GeneralizedTime
+        else case when v_header.tag not between 128 and 158 then 'tag' end
+      end;
+      if v_header.tag in (2, 10) then
+        if v_size < 1 then
+          v_wrong := 'integer';
+        elsif v_size > 1 and get_byte(v_der, v_header.content_at) in (0, 255)
+          and (get_byte(v_der, v_header.content_at) = 0) = (get_byte(v_der, v_header.content_at + 1) < 128) then
+          v_wrong := 'integer';  -- nine leading bits alike
+        end if;
+      end if;
+      if v_wrong is not null then
+        perform kakunin_private.refuse('the encoding', format('the %s at byte %s is not one DER has', v_wrong, v_at));
+      end if;
+      v_at := v_header.next_at;
+    end if;
+    while v_depth > 0 and v_at = v_ends[v_depth] loop
+      v_depth := v_depth - 1;
+    end loop;
+  end loop;
+end
+$$;
+comment on function kakunin_private.der_check(bytea) is 'Returns when the bytes are one element in strict DER and nothing more; otherwise KA010';
+
+create function kakunin_private.der_content(p_element bytea, p_tag integer, p_what text) returns bytea
+language plpgsql immutable parallel safe
+as $$
+begin
+  if p_element is null or get_byte(p_element, 0) <> p_tag then
+    perform kakunin_private.refuse(p_what, 'it is missing, or not of the type it has in RFC 5280');
+  end if;
+  return substr(p_element, 1 + (kakunin_private.der_header(p_element, 0, octet_length(p_element))).content_at);
+end
+$$;
+comment on function kakunin_private.der_content(bytea, integer, text) is
+  'The content of an element that passed der_check() and must have this tag; p_what names it in the error';
+
+create function kakunin_private.der_children(p_element bytea, p_tag integer, p_what text) returns bytea[]
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_length   constant integer := octet_length(p_element);
+  v_children bytea[] := '{}'::bytea[];
+  v_header   record;
+  v_at       integer;
+begin
+  if p_element is null or get_byte(p_element, 0) <> p_tag then
+    perform kakunin_private.refuse(p_what, 'it is missing, or not of the type it has in RFC 5280');
+  end if;
+  v_header := kakunin_private.der_header(p_element, 0, v_length);
+  v_at := v_header.content_at;
+  while v_at < v_length loop
+    v_header := kakunin_private.der_header(p_element, v_at, v_length);
+    v_children := v_children || substr(p_element, v_at + 1, v_header.next_at - v_at);
+    v_at := v_header.next_at;
+  end loop;
+  return v_children;
+end
+$$;
+comment on function kakunin_private.der_children(bytea, integer, text) is
+  'The elements inside a constructed element that passed der_check() and must have this tag, each whole';
+
+create function kakunin_private.der_oid(p_element bytea, p_what text) returns text
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_content constant bytea := kakunin_private.der_content(p_element, 6, p_what);
+  v_part    numeric := 0::numeric;
+  v_oid     text;
+begin
+  if octet_length(v_content) > 64 then
+    perform kakunin_private.refuse(p_what, 'its object identifier is longer than 64 bytes');
+  end if;
+  for i in 0..octet_length(v_content) - 1 loop
+    v_part := v_part * 128 + (get_byte(v_content, i) & 127);
+    if get_byte(v_content, i) < 128 then
+      -- X.690 section 8.19.4: the first number stands for two
+      v_oid := case when v_oid is not null then v_oid || '.' || v_part
+        else least(div(v_part, 40), 2) || '.' || v_part - 40 * least(div(v_part, 40), 2) end;
+      v_part := 0;
+    end if;
+  end loop;
+  return v_oid;
+end
+$$;
+comment on function kakunin_private.der_oid(bytea, text) is 'An object identifier in dotted form';
+
+create function kakunin_private.der_utf8(p_element bytea, p_what text) returns text
+language plpgsql immutable parallel unsafe
+as $$
+begin
+  return convert_from(kakunin_private.der_content(p_element, 12, p_what), 'UTF8');
+exception
+  -- not UTF-8, a zero byte, or a character that this database's encoding has not
+  when character_not_in_repertoire or untranslatable_character then
+    perform kakunin_private.refuse(p_what, 'it is not UTF-8 text that this database can hold');
+    return null;
+end
+$$;
+comment on function kakunin_private.der_utf8(bytea, text) is 'The text of a UTF8String';
+
+create function kakunin_private.der_time(p_element bytea, p_what text) returns timestamptz
+language plpgsql stable parallel safe
+as $$
+declare
+  v_tag   integer;
+  v_text  text collate "C";
+  v_parts integer[];
+begin
+  if p_element is null then
+    perform kakunin_private.refuse(p_what, 'it is missing');
+  end if;
+  v_tag := get_byte(p_element, 0);
+  v_text := encode(substr(p_element, 3), 'escape');
+  -- RFC 5280 section 4.1.2.5: UTCTime until 2049, GeneralizedTime from 2050, both to the second and in Zulu.
+  if (v_tag = 23 and v_text ~ '^[0-9]{12}Z$') then
+    v_text := case when v_text < '50' then '20' else '19' end || v_text;
+  elsif (v_tag <> 24 or v_text !~ '^[0-9]{14}Z$' or v_text < '2050') then
+    perform kakunin_private.refuse(p_what, 'it is not a time in the form RFC 5280 has for it');
+  end if;
+  v_parts := array[left(v_text, 4), substr(v_text, 5, 2), substr(v_text, 7, 2),
+                   substr(v_text, 9, 2), substr(v_text, 11, 2), substr(v_text, 13, 2)]::integer[];
+  if v_parts[2] not between 1 and 12 or v_parts[4] > 23 or v_parts[5] > 59 or v_parts[6] > 59
+    or v_parts[3] not between 1 and extract(day from make_date(v_parts[1], least(greatest(v_parts[2], 1), 12), 1) + interval '1 month -1 day') then
+    perform kakunin_private.refuse(p_what, 'there is no such day or time');
+  end if;
+  -- UTC as an offset: from 18 on a session can give the name UTC another meaning (set timezone = 'UTC+167').
+  return make_timestamp(v_parts[1], v_parts[2], v_parts[3], v_parts[4], v_parts[5], v_parts[6]) at time zone interval '0';
+end
+$$;
+comment on function kakunin_private.der_time(bytea, text) is 'A Time of RFC 5280, UTCTime or GeneralizedTime';
+
+-- X.509: reading certificates and revocation lists (RFC 5280), of the kind the kit issues.
+--
+-- Nothing here decides whom to trust. It takes signed bytes apart into fields, refuses what is not strictly a
+-- v3 certificate or v2 list over RSA with SHA-256, and leaves it to identity to ask who signed them.
+--
+-- The kit's own extensions, below 1.3.6.1.4.1.61411.1, are not critical and say what an agent is:
+--
+--   .1  agent             UTF8String                              urn:kakunin:agent:<uuid>
+--   .2  model             SEQUENCE { model, modelHash }           UTF8String each; sha256:<64 hex digits>
+--   .3  permittedActions  SEQUENCE OF UTF8String                  orders:read, orders:*
+--   .4  tenant            UTF8String
+--   .5  financialScope    UTF8String                              a JSON object
+--
+-- A key id is the subject key identifier (section 4.2.1.2) that a CA's certificate carries and what it signs
+-- names, in the text form serials have.
+
+create type kakunin_private.x509_extension as (oid text, critical boolean, value bytea);
+comment on type kakunin_private.x509_extension is 'One extension (RFC 5280 section 4.2); value is what the OCTET STRING holds';
+
+create type kakunin_private.x509_certificate as (
+  tbs              bytea,
+  signature        bytea,
+  serial           text,
+  issuer           bytea,
+  subject          bytea,
+  not_before       timestamptz,
+  not_after        timestamptz,
+  modulus          bytea,
+  key_id           text,
+  authority_key_id text,
+  ca               boolean,
+  path_length      integer,
+  key_usage        integer,
+  extensions       kakunin_private.x509_extension[]
+);
+comment on type kakunin_private.x509_certificate is
+  'What a certificate says. issuer and subject are the DER of the names, key_usage its first eight bits, digitalSignature 128';
+
+create function kakunin_private.x509_extensions(p_element bytea, p_what text) returns kakunin_private.x509_extension[]
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_extensions kakunin_private.x509_extension[] := '{}'::kakunin_private.x509_extension[];
+  v_elements   bytea[];
+  v_element    bytea;
+  v_parts      bytea[];
+  v_oid        text;
+begin
+  v_elements := kakunin_private.der_children(p_element, 48, p_what);
+  if cardinality(v_elements) > 64 then  -- each is compared with those before it
+    perform kakunin_private.refuse(p_what, 'it has more than 64 extensions');
+  end if;
+  foreach v_element in array v_elements loop
+    v_parts := kakunin_private.der_children(v_element, 48, 'an extension');
+    v_oid := kakunin_private.der_oid(v_parts[1], 'an extension''s name');
+    if cardinality(v_parts) = 3 then
+      -- DER leaves a default out, so what is there is true.
+      if v_parts[2] <> E'\\x0101ff' then
+        perform kakunin_private.refuse(p_what, format('extension %s does not say critical in DER', v_oid));
+      end if;
+    elsif cardinality(v_parts) <> 2 then
+      perform kakunin_private.refuse(p_what, format('extension %s has no value, or too much', v_oid));
+    end if;
+    if exists (select from unnest(v_extensions) x where x.oid = v_oid) then
+      perform kakunin_private.refuse(p_what, format('extension %s is there twice', v_oid));
+    end if;
+    v_extensions := v_extensions
+      || row(v_oid, cardinality(v_parts) = 3,
+             kakunin_private.der_content(v_parts[cardinality(v_parts)], 4, 'an extension''s value'))::kakunin_private.x509_extension;
+  end loop;
+  return v_extensions;
+end
+$$;
+comment on function kakunin_private.x509_extensions(bytea, text) is 'The extensions of a certificate, a list or an entry; KA010 when one is there twice';
+
+create function kakunin_private.x509_extension_value(p_extensions kakunin_private.x509_extension[], p_oid text) returns bytea
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_value bytea;
+begin
+  select x.value into v_value from unnest(p_extensions) x where x.oid = p_oid;
+  if v_value is not null then
+    perform kakunin_private.der_check(v_value);
+  end if;
+  return v_value;
+end
+$$;
+comment on function kakunin_private.x509_extension_value(kakunin_private.x509_extension[], text) is
+  'The DER element in the extension, checked to be one; NULL when the extension is not there';
+
+create function kakunin_private.x509_check_critical(p_extensions kakunin_private.x509_extension[], p_known text[], p_what text) returns void
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_oid text;
+begin
+  select x.oid into v_oid from unnest(p_extensions) x where x.critical and x.oid <> all (p_known) limit 1;
+  if found then
+    perform kakunin_private.refuse(p_what, format('its critical extension %s is not understood here', v_oid));
+  end if;
+end
+$$;
+comment on function kakunin_private.x509_check_critical(kakunin_private.x509_extension[], text[], text) is
+  'KA010 when a critical extension is not among the known ones (RFC 5280 section 4.2)';
+
+create function kakunin_private.x509_authority_key_id(p_extensions kakunin_private.x509_extension[]) returns text
+language plpgsql immutable parallel safe
+as $$
+declare
+  c_what  constant text := 'authorityKeyIdentifier';
+  v_value constant bytea := kakunin_private.x509_extension_value(p_extensions, '2.5.29.35');
+  v_parts bytea[];
+begin
+  if v_value is null then
+    return null;
+  end if;
+  v_parts := kakunin_private.der_children(v_value, 48, c_what);
+  -- The key id, and perhaps the name [1] and the serial [2] of the issuer's certificate, both or neither.
+  if cardinality(v_parts) <> 1 and (cardinality(v_parts) <> 3 or get_byte(v_parts[2], 0) <> 161 or get_byte(v_parts[3], 0) <> 130) then
+    perform kakunin_private.refuse(c_what, 'it is not a key id, with or without an issuer and a serial number');
+  end if;
+  return kakunin_private.colon_hex(kakunin_private.der_content(v_parts[1], 128, c_what));
+end
+$$;
+comment on function kakunin_private.x509_authority_key_id(kakunin_private.x509_extension[]) is
+  'The key id of the issuer (RFC 5280 section 4.2.1.1); NULL when the extension is not there';
+
+create function kakunin_private.x509_check_signed(p_outer bytea[], p_algorithm bytea, p_what text) returns bytea
+language plpgsql immutable parallel safe
+as $$
+declare
+  -- sha256WithRSAEncryption with its NULL (RFC 4055 section 5)
+  c_sha256_rsa constant bytea := decode('300d06092a864886f70d01010b0500', 'hex');
+  v_signature  bytea;
+begin
+  if cardinality(p_outer) <> 3 then
+    perform kakunin_private.refuse(p_what, 'it is not what was signed, an algorithm and a signature');
+  end if;
+  -- Inside what was signed and outside of it.
+  if p_algorithm is distinct from c_sha256_rsa or p_outer[2] <> c_sha256_rsa then
+    perform kakunin_private.refuse(p_what, 'its signature algorithm is not sha256WithRSAEncryption');
+  end if;
+  v_signature := kakunin_private.der_content(p_outer[3], 3, 'the signature');
+  if get_byte(v_signature, 0) <> 0 then
+    perform kakunin_private.refuse(p_what, 'its signature is not a whole number of bytes');
+  end if;
+  return substr(v_signature, 2);
+end
+$$;
+comment on function kakunin_private.x509_check_signed(bytea[], bytea, text) is
+  'The signature of a signed structure whose algorithm, inside and outside, is RSA with SHA-256; otherwise KA010';
+
+create function kakunin_private.x509_positive(p_element bytea, p_what text) returns bytea
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_content constant bytea := kakunin_private.der_content(p_element, 2, p_what);
+begin
+  if get_byte(v_content, 0) >= 128 or v_content = E'\\x00' then
+    perform kakunin_private.refuse(p_what, 'it is not a positive number');
+  end if;
+  return ltrim(v_content, E'\\x00');
+end
+$$;
+comment on function kakunin_private.x509_positive(bytea, text) is 'A positive INTEGER, big-endian, without its sign byte';
+
+create function kakunin_private.x509_serial(p_element bytea) returns text
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_content constant bytea := kakunin_private.x509_positive(p_element, 'the serial number');
+begin
+  -- RFC 5280 section 4.1.2.2: at most 20 octets, sign byte included
+  if octet_length(kakunin_private.der_content(p_element, 2, 'the serial number')) > 20 then
+    perform kakunin_private.refuse('the serial number', 'it is longer than 20 octets');
+  end if;
+  return kakunin_private.colon_hex(v_content);
+end
+$$;
+comment on function kakunin_private.x509_serial(bytea) is 'A CertificateSerialNumber in the canonical text form';
+
+create function kakunin_private.x509_read_certificate(p_der bytea) returns kakunin_private.x509_certificate
+language plpgsql stable parallel safe
+as $$
+declare
+  c_what        constant text := 'the certificate';
+  c_rsa         constant bytea := decode('300d06092a864886f70d0101010500', 'hex');  -- rsaEncryption, NULL
+  v_certificate kakunin_private.x509_certificate;
+  v_outer       bytea[];
+  v_fields      bytea[];
+  v_parts       bytea[];
+  v_value       bytea;
+begin
+  if p_der is null or octet_length(p_der) not between 1 and 16384 then
+    perform kakunin_private.refuse(c_what, 'it is 1 to 16384 bytes of DER');
+  elsif substr(p_der, 1, 5) = '-----' then
+    perform kakunin_private.refuse(c_what, 'it is PEM', 'Give the DER that PEM wraps in base64.');
+  end if;
+  perform kakunin_private.der_check(p_der);
+  v_outer := kakunin_private.der_children(p_der, 48, c_what);
+  v_fields := kakunin_private.der_children(v_outer[1], 48, 'the TBSCertificate');
+  -- Version, serial, algorithm, issuer, validity, subject, key, extensions: all there, in this order, and
+  -- none of the unique identifiers that RFC 5280 section 4.1.2.8 says not to use.
+  if cardinality(v_fields) <> 8 or v_fields[1] <> decode('a003020102', 'hex') then
+    perform kakunin_private.refuse(c_what, 'it is not version 3 with extensions and nothing beyond them');
+  end if;
+  v_certificate.tbs := v_outer[1];
+  v_certificate.signature := kakunin_private.x509_check_signed(v_outer, v_fields[3], c_what);
+  v_certificate.serial := kakunin_private.x509_serial(v_fields[2]);
+  v_certificate.issuer := v_fields[4];
+  v_certificate.subject := v_fields[6];
+  if cardinality(kakunin_private.der_children(v_fields[4], 48, 'the issuer')) = 0
+    or cardinality(kakunin_private.der_children(v_fields[6], 48, 'the subject')) = 0 then
+    perform kakunin_private.refuse(c_what, 'its issuer or its subject is empty');
+  end if;
+
+  v_parts := kakunin_private.der_children(v_fields[5], 48, 'the validity');
+  if cardinality(v_parts) <> 2 then
+    perform kakunin_private.refuse('the validity', 'it is not two times');
+  end if;
+  v_certificate.not_before := kakunin_private.der_time(v_parts[1], 'notBefore');
+  v_certificate.not_after := kakunin_private.der_time(v_parts[2], 'notAfter');
+  if v_certificate.not_after <= v_certificate.not_before then
+    perform kakunin_private.refuse(c_what, 'its notAfter does not come after its notBefore');
+  end if;
+
+  v_parts := kakunin_private.der_children(v_fields[7], 48, 'the public key');
+  if cardinality(v_parts) <> 2 or v_parts[1] <> c_rsa then
+    perform kakunin_private.refuse(c_what, 'its key is not RSA', 'Use an RSA key of 2048 to 4096 bits.');
+  end if;
+  v_value := kakunin_private.der_content(v_parts[2], 3, 'the public key');
+  if get_byte(v_value, 0) <> 0 or octet_length(v_value) = 1 then
+    perform kakunin_private.refuse('the public key', 'it is not a whole number of bytes');
+  end if;
+  perform kakunin_private.der_check(substr(v_value, 2));
+  v_parts := kakunin_private.der_children(substr(v_value, 2), 48, 'the public key');
+  if cardinality(v_parts) <> 2 then
+    perform kakunin_private.refuse('the public key', 'it is not a modulus and an exponent');
+  end if;
+  v_certificate.modulus := kakunin_private.x509_positive(v_parts[1], 'the modulus');
+  v_value := kakunin_private.x509_positive(v_parts[2], 'the exponent');
+  if octet_length(v_value) > 7 then
+    perform kakunin_private.refuse('the exponent', 'it is longer than 7 bytes');
+  end if;
+  perform kakunin_private.check_rsa_public_key(
+    v_certificate.modulus, kakunin_private.bytes_to_numeric(v_value)::bigint);
+
+  v_parts := kakunin_private.der_children(v_fields[8], 163, 'the extensions');  -- [3]
+  if cardinality(v_parts) <> 1 then
+    perform kakunin_private.refuse('the list of extensions', 'it is not one list');
+  end if;
+  v_certificate.extensions := kakunin_private.x509_extensions(v_parts[1], c_what);
+  v_certificate.authority_key_id := kakunin_private.x509_authority_key_id(v_certificate.extensions);
+  v_value := kakunin_private.x509_extension_value(v_certificate.extensions, '2.5.29.14');
+  if v_value is not null then
+    v_value := kakunin_private.der_content(v_value, 4, 'subjectKeyIdentifier');
+    if octet_length(v_value) not between 8 and 32 then
+      perform kakunin_private.refuse('subjectKeyIdentifier', 'it is not 8 to 32 bytes');
+    end if;
+    v_certificate.key_id := kakunin_private.colon_hex(v_value);
+  end if;
+
+  v_value := kakunin_private.x509_extension_value(v_certificate.extensions, '2.5.29.15');
+  if v_value is not null then
+    v_value := kakunin_private.der_content(v_value, 3, 'keyUsage');
+    if octet_length(v_value) not between 2 and 3 or (octet_length(v_value) = 3 and get_byte(v_value, 0) <> 7) then
+      perform kakunin_private.refuse('keyUsage', 'it is not one to nine bits');
+    end if;
+    -- X.690 section 11.2.2: a list of named bits ends with one that is set
+    if get_byte(v_value, octet_length(v_value) - 1) & (1 << get_byte(v_value, 0)) = 0 then
+      perform kakunin_private.refuse('keyUsage', 'it ends with a bit that is not set');
+    end if;
+    v_certificate.key_usage := get_byte(v_value, 1);
+  end if;
+
+  v_certificate.ca := false;
+  v_value := kakunin_private.x509_extension_value(v_certificate.extensions, '2.5.29.19');
+  if v_value is not null then
+    v_parts := kakunin_private.der_children(v_value, 48, 'basicConstraints');
+    if cardinality(v_parts) > 0 then
+      -- cA is false by default and DER leaves a default out; without it there is no path length either.
+      if v_parts[1] <> E'\\x0101ff' or cardinality(v_parts) > 2 then
+        perform kakunin_private.refuse('basicConstraints', 'it is neither empty nor cA with a path length');
+      end if;
+      v_certificate.ca := true;
+      if cardinality(v_parts) = 2 then
+        v_value := kakunin_private.der_content(v_parts[2], 2, 'pathLenConstraint');
+        if octet_length(v_value) <> 1 or get_byte(v_value, 0) > 16 then
+          perform kakunin_private.refuse('pathLenConstraint', 'it is not 0 to 16');
+        end if;
+        v_certificate.path_length := get_byte(v_value, 0);
+      end if;
+    end if;
+  end if;
+  return v_certificate;
+end
+$$;
+comment on function kakunin_private.x509_read_certificate(bytea) is
+  'What a certificate in DER says, before anybody is asked whether to believe it; KA010 for anything but a strict v3 RSA certificate';
+
+-- Identity: certificate authorities, agents and their X.509 certificates.
+--
+-- Postgres checks the certificate. trust_ca() pins a certificate authority by its certificate; from then on
+-- register_certificate() takes the DER of an agent's certificate and nothing else, verifies that a pinned
+-- key signed it, and takes every field from what was signed. So a login with kakunin_registrar can register
+-- what the authority issued, and cannot make an identity, widen a scope or extend a validity.
 --
 -- An agent is a row; what it may do is in its certificate. A certificate row is never edited to mean
 -- something else: the only change it ever sees is its revocation, which is final. Suspension is the
 -- agent's, can be lifted, and stops every certificate the agent has. Both take effect at the next
 -- statement of every session, because current_cert_serial() looks here each time it is asked.
 --
+-- An agent has one active certificate. Registering the next one says for how long the one before it still
+-- counts: its revocation is written at once, with a time that lies ahead.
+--
 -- A serial has one text form everywhere, that of the X-Kakunin-Cert-Serial header: upper-case hex bytes
 -- joined by colons, no leading zero byte (3A:F2:91:CC).
---
--- Registration takes the fields of the certificate from the registrar, whose word is trusted for them:
--- a login with kakunin_registrar can therefore create identities. Give it to the certificate authority
--- and to nobody else.
 
 create function kakunin.normalize_serial(serial text) returns text
 language plpgsql immutable parallel safe set search_path = pg_catalog, pg_temp
@@ -295,21 +857,54 @@ create table kakunin_private.agents (
   agent_id         uuid primary key default gen_random_uuid(),
   name             text not null check (length(name) between 1 and 200),
   tenant           text check (length(tenant) between 1 and 200),
+  model            text check (length(model) between 1 and 200),
+  model_version    text check (length(model_version) between 1 and 200),
+  model_hash       text collate "C" check (model_hash ~ '^sha256:[0-9a-f]{64}$'),
   created_at       timestamptz not null default now(),
   suspended_at     timestamptz,
   suspended_reason text,
-  check ((suspended_at is null) = (suspended_reason is null))
+  check ((suspended_at is null) = (suspended_reason is null)),
+  check (model is not null or model_hash is null)
 );
 comment on table kakunin_private.agents is 'One row an agent. Suspension stops all its certificates and can be lifted';
+comment on column kakunin_private.agents.model_hash is
+  'What the agent is to run, as compute_model_hash() gives it; a certificate for another is not registered';
+
+create table kakunin_private.authorities (
+  key_id             text collate "C" primary key check (key_id ~ '^[0-9A-F]{2}(:[0-9A-F]{2}){7,31}$'),
+  der                bytea not null,
+  serial             text collate "C" not null,
+  subject            bytea not null,
+  issuer_key_id      text collate "C" not null references kakunin_private.authorities,
+  public_key_modulus bytea not null,
+  not_before         timestamptz not null,
+  not_after          timestamptz not null,
+  path_length        integer,
+  trusted_at         timestamptz not null default now(),
+  trusted_by         name not null,
+  distrusted_at      timestamptz,
+  distrust_reason    text,
+  check ((distrusted_at is null) = (distrust_reason is null))
+);
+comment on table kakunin_private.authorities is
+  'Pinned certificate authorities. A root is its own issuer; an intermediate is below one that was pinned before it';
+comment on column kakunin_private.authorities.key_id is 'The subject key identifier (RFC 5280 section 4.2.1.2), which certificates name their issuer by';
+comment on column kakunin_private.authorities.path_length is
+  'How many authorities may be below it, the constraints of those above it included; NULL is any number';
 
 create table kakunin_private.certificates (
   serial             text collate "C" primary key check (serial ~ '^[0-9A-F]{2}(:[0-9A-F]{2}){0,19}$'),
   agent_id           uuid not null references kakunin_private.agents,
+  issuer_key_id      text collate "C" not null references kakunin_private.authorities,
   der                bytea not null check (octet_length(der) between 1 and 16384),
   public_key_modulus bytea not null,
   not_before         timestamptz not null,
   not_after          timestamptz not null check (not_after > not_before),
+  model              text,
+  model_hash         text collate "C",
   permitted_actions  text[] collate "C" not null,
+  tenant             text,
+  financial_scope    jsonb,
   registered_at      timestamptz not null default now(),
   registered_by      name not null,
   revoked_at         timestamptz,
@@ -317,18 +912,23 @@ create table kakunin_private.certificates (
   check ((revoked_at is null) = (revocation_reason is null))
 );
 create index certificates_agent_id on kakunin_private.certificates (agent_id);
+create index certificates_public_key_modulus on kakunin_private.certificates (public_key_modulus);
+create index certificates_revoked on kakunin_private.certificates (issuer_key_id) where revoked_at is not null;
 comment on table kakunin_private.certificates is
-  'Certificates the kit accepts. Rows are added by register_certificate, changed only by revocation, never deleted';
+  'Certificates the kit accepts, each signed by a pinned authority. Rows are added by register_certificate, changed only by revocation, never deleted';
 comment on column kakunin_private.certificates.permitted_actions is
   'Scopes the certificate carries; has_scope() reads them. prefix:* covers every action below prefix:';
 comment on column kakunin_private.certificates.public_key_modulus is
   'RSA modulus, big-endian; the public exponent is always 65537';
+comment on column kakunin_private.certificates.revoked_at is
+  'From this moment on it is revoked. It lies ahead where another certificate takes its place after an overlap';
 
 -- Stops: a transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) does not see a revocation
 -- committed since, and SET TRANSACTION SNAPSHOT hands an old snapshot to ever new transactions. But names in
 -- the catalog are looked up as committed, whatever the snapshot. So every revocation, suspension and
 -- retired session key also leaves a name there, and is asked for it in such transactions only. The name is a
--- domain's, because making one takes no lock that an agent's own DDL could hold against a revocation.
+-- domain's, because making one takes no lock that an agent's own DDL could hold against a revocation. The longest
+-- is that of a serial with 'end ' before it: 63 bytes, and no name may be longer.
 create function kakunin_private.stop(p_name text) returns void
 language plpgsql volatile parallel unsafe
 as $$
@@ -339,7 +939,7 @@ begin
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes a revocation (name: serial), suspension (agent id) or retired session key (key and its id) known beyond snapshots';
+  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id) or a retired session key (key and its id)';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
@@ -352,19 +952,34 @@ return current_setting('transaction_isolation') in ('read committed', 'read unco
 comment on function kakunin_private.snapshot_is_fresh() is
   'Whether each statement takes a snapshot of its own, so that what it sees is what is committed';
 
+create function kakunin_private.check_snapshot_is_fresh(p_what text) returns void
+language plpgsql stable parallel safe
+as $$
+begin
+  if not kakunin_private.snapshot_is_fresh() then
+    raise exception using errcode = 'KA010',
+      message = format('%s is for READ COMMITTED transactions: in this one (%s) it might miss what was decided since it began',
+        p_what, current_setting('transaction_isolation'));
+  end if;
+end
+$$;
+comment on function kakunin_private.check_snapshot_is_fresh(text) is 'KA010 where what is committed may differ from what this transaction sees';
+
 -- The one definition of "this certificate may be used now"; bind and every statement's check share it.
--- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
+-- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
+-- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
 -- Plain columns, not row types, so that the planner can inline it.
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
   p_agent_id uuid, p_suspended_at timestamptz
 ) returns boolean
 language sql volatile parallel safe
-return p_revoked_at is null
+return coalesce(p_revoked_at > kakunin_private.clock(), true)
    and p_suspended_at is null
    and kakunin_private.clock() between p_not_before and p_not_after
    and (kakunin_private.snapshot_is_fresh()
-        or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)));
+        or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
+                or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial))));
 comment on function kakunin_private.is_usable(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
   'Certificate not revoked, agent not suspended, and now inside the validity';
 
@@ -380,10 +995,12 @@ begin
   if not found then
     raise exception using errcode = 'KA001',
       message = format('certificate %s is not registered here', p_serial),
-      hint = 'Register it with kakunin.register_certificate(), or check that this is the right database.';
+      hint = 'Register it with kakunin.register_certificate(der), or check that this is the right database.';
   end if;
   select * into v_agent from kakunin_private.agents a where a.agent_id = v_certificate.agent_id;
-  if v_certificate.revoked_at is not null or kakunin_private.is_stopped(p_serial) then
+  if v_certificate.revoked_at <= v_now or kakunin_private.is_stopped(p_serial)
+    or (v_certificate.revoked_at is null and not kakunin_private.snapshot_is_fresh()
+        and kakunin_private.is_stopped('end ' || p_serial)) then
     raise exception using errcode = 'KA002',
       message = format('certificate %s was revoked: %s', p_serial,
         coalesce(v_certificate.revocation_reason, 'after this transaction took its snapshot')),
@@ -410,12 +1027,14 @@ comment on function kakunin_private.check_certificate(text) is
 create function kakunin_private.check_text(p_what text, p_value text, p_max integer) returns text
 language plpgsql immutable parallel safe
 as $$
+declare
+  v_value text collate "C" := p_value;
 begin
-  if p_value is null or p_value !~ '[^[:space:]]' or length(p_value) > p_max then
+  if v_value is null or v_value !~ '[^[:space:]]' or length(v_value) > p_max then
     raise exception using errcode = 'KA010',
       message = format('%s must be 1 to %s characters', p_what, p_max);
   end if;
-  return p_value;
+  return v_value;
 end
 $$;
 comment on function kakunin_private.check_text(text, text, integer) is 'The value, or KA010 when it is missing, blank or too long';
@@ -433,143 +1052,492 @@ end
 $$;
 comment on function kakunin_private.check_known_agent(uuid) is 'KA010 when there is no such agent';
 
-create function kakunin.create_agent(name text, tenant text default null) returns uuid
+create function kakunin_private.check_model_hash(p_value text) returns text
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_value text collate "C" := lower(p_value);
+begin
+  if v_value !~ '^sha256:[0-9a-f]{64}$' then
+    raise exception using errcode = 'KA010',
+      message = 'a model hash is sha256: and 64 hexadecimal digits',
+      hint = 'compute_model_hash() in Python, or kakunin-db model-hash, makes one.';
+  end if;
+  return v_value;
+end
+$$;
+comment on function kakunin_private.check_model_hash(text) is 'The hash in lower case, or KA010; NULL for NULL';
+
+-- Authorities ------------------------------------------------------------------------------------------
+
+-- The authority whose key made this signature, as far as what it signs lies inside its own certificate.
+create function kakunin_private.issuer_of(p_certificate kakunin_private.x509_certificate) returns kakunin_private.authorities
+language plpgsql volatile parallel restricted
+as $$
+declare
+  c_what      constant text := 'the certificate';
+  v_now       constant timestamptz := kakunin_private.clock();
+  v_authority kakunin_private.authorities;
+begin
+  perform kakunin_private.check_snapshot_is_fresh('trusting or registering a certificate');
+  if p_certificate.authority_key_id is null then
+    perform kakunin_private.refuse(c_what, 'it does not name the key that signed it (authorityKeyIdentifier)');
+  end if;
+  -- The lock makes distrust_ca() wait for this transaction, or this one for it: distrust reaches all there is.
+  select * into v_authority from kakunin_private.authorities a
+   where a.key_id = p_certificate.authority_key_id and a.distrusted_at is null
+     for key share;
+  if not found then
+    perform kakunin_private.refuse(c_what,
+      format('the authority with key id %s is not trusted here', p_certificate.authority_key_id),
+      'An operator pins it with kakunin.trust_ca(der), if it is to be trusted.');
+  end if;
+  if not kakunin_private.rsa_pkcs1_sha256_verify(
+    v_authority.public_key_modulus, 65537, p_certificate.tbs, p_certificate.signature) then
+    perform kakunin_private.refuse(c_what, 'its signature is not that of the authority it names');
+  end if;
+  if v_authority.subject <> p_certificate.issuer then
+    perform kakunin_private.refuse(c_what, 'its issuer is not the subject of the authority that signed it');
+  end if;
+  if v_now not between v_authority.not_before and v_authority.not_after
+    or p_certificate.not_before < v_authority.not_before or p_certificate.not_after > v_authority.not_after then
+    perform kakunin_private.refuse(c_what, 'its validity is not inside that of its authority, or the authority''s has ended',
+      'Issue it for a shorter time, or renew the authority''s certificate.');
+  end if;
+  return v_authority;
+end
+$$;
+comment on function kakunin_private.issuer_of(kakunin_private.x509_certificate) is
+  'The trusted authority that signed this certificate; KA010 when there is none, or its constraints forbid it';
+
+create function kakunin.trust_ca(der bytea) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_what   constant text := 'the certificate';
+  v_ca     kakunin_private.x509_certificate := kakunin_private.x509_read_certificate(trust_ca.der);
+  v_issuer kakunin_private.authorities;
+  v_length integer;
+  v_value  bytea;
+begin
+  perform kakunin_private.x509_check_critical(v_ca.extensions, '{2.5.29.15,2.5.29.19}', c_what);
+  if not v_ca.ca or not exists (select from unnest(v_ca.extensions) x where x.oid = '2.5.29.19' and x.critical) then
+    perform kakunin_private.refuse(c_what, 'it is not that of an authority (basicConstraints, critical, with cA)');
+  end if;
+  if coalesce(v_ca.key_usage & 6, 0) <> 6 then
+    perform kakunin_private.refuse(c_what, 'its keyUsage lacks keyCertSign or cRLSign');
+  end if;
+  if v_ca.key_id is null then
+    perform kakunin_private.refuse(c_what, 'it has no subjectKeyIdentifier of its own');
+  end if;
+  -- Constraints that other verifiers would apply to what it signs, and that are not applied here.
+  if exists (select from unnest(v_ca.extensions) x where x.oid in ('2.5.29.30', '2.5.29.36', '2.5.29.54')) then
+    perform kakunin_private.refuse(c_what, 'name and policy constraints are not understood here');
+  end if;
+  v_value := kakunin_private.x509_extension_value(v_ca.extensions, '2.5.29.37');
+  if v_value is not null
+    and not kakunin_private.der_children(v_value, 48, 'extKeyUsage')
+      && array[decode('06082b06010505070302', 'hex'), decode('0604551d2500', 'hex')] then  -- clientAuth, any
+    perform kakunin_private.refuse(c_what, 'its extKeyUsage does not have clientAuth');
+  end if;
+  if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_ca.modulus and a.key_id <> v_ca.key_id)
+    or exists (select from kakunin_private.certificates c where c.public_key_modulus = v_ca.modulus) then
+    perform kakunin_private.refuse(c_what, 'its key is that of another authority here, or of an agent');
+  end if;
+  v_length := v_ca.path_length;
+  if v_ca.subject = v_ca.issuer then
+    if v_ca.authority_key_id <> v_ca.key_id
+      or not kakunin_private.rsa_pkcs1_sha256_verify(v_ca.modulus, 65537, v_ca.tbs, v_ca.signature) then
+      perform kakunin_private.refuse(c_what, 'it says that it signed itself, and its key did not');
+    end if;
+  else
+    v_issuer := kakunin_private.issuer_of(v_ca);
+    if v_issuer.path_length = 0 then
+      perform kakunin_private.refuse(c_what, 'the authority that signed it may have none below it (pathLenConstraint 0)');
+    end if;
+    v_length := least(v_length, v_issuer.path_length - 1);
+  end if;
+  if kakunin_private.clock() not between v_ca.not_before and v_ca.not_after then
+    perform kakunin_private.refuse(c_what, 'it has expired, or is not valid yet');
+  end if;
+  insert into kakunin_private.authorities as a
+    (key_id, der, serial, subject, issuer_key_id, public_key_modulus, not_before, not_after, path_length, trusted_by)
+  values
+    (v_ca.key_id, trust_ca.der, v_ca.serial, v_ca.subject, coalesce(v_issuer.key_id, v_ca.key_id), v_ca.modulus,
+     v_ca.not_before, v_ca.not_after, v_length, session_user)
+  on conflict on constraint authorities_pkey do update
+    set der = excluded.der, serial = excluded.serial, issuer_key_id = excluded.issuer_key_id,
+        not_before = excluded.not_before, not_after = excluded.not_after, path_length = excluded.path_length,
+        trusted_at = now(), trusted_by = session_user
+    where a.distrusted_at is null and a.subject = excluded.subject and a.public_key_modulus = excluded.public_key_modulus;
+  if not found then
+    perform kakunin_private.refuse(c_what,
+      format('key id %s is that of another authority here, or of one no longer trusted', v_ca.key_id),
+      'Distrust is final. Make an authority with a new key.');
+  end if;
+  return v_ca.key_id;
+end
+$$;
+comment on function kakunin.trust_ca(bytea) is
+  'Pins a certificate authority by its certificate (DER) and returns its key id: a root, or an intermediate below one that is pinned. Its renewal, same key and subject, replaces it. For kakunin_operator';
+
+-- Agents ---------------------------------------------------------------------------------------------
+
+create function kakunin.create_agent(
+  name text, tenant text default null, model text default null, model_version text default null, model_hash text default null
+) returns uuid
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_agent_id uuid;
 begin
-  insert into kakunin_private.agents (name, tenant)
+  if create_agent.model is null and create_agent.model_hash is not null then
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+  end if;
+  insert into kakunin_private.agents (name, tenant, model, model_version, model_hash)
   values (
     kakunin_private.check_text('an agent''s name', create_agent.name, 200),
     case when create_agent.tenant is not null
-      then kakunin_private.check_text('a tenant', create_agent.tenant, 200) end)
+      then kakunin_private.check_text('a tenant', create_agent.tenant, 200) end,
+    case when create_agent.model is not null
+      then kakunin_private.check_text('a model', create_agent.model, 200) end,
+    case when create_agent.model_version is not null
+      then kakunin_private.check_text('a model''s version', create_agent.model_version, 200) end,
+    kakunin_private.check_model_hash(create_agent.model_hash))
   returning agent_id into v_agent_id;
   return v_agent_id;
 end
 $$;
-comment on function kakunin.create_agent(text, text) is
+comment on function kakunin.create_agent(text, text, text, text, text) is
   'Makes an agent and returns its id. It can do nothing until a certificate is registered for it. For kakunin_registrar';
 
-create function kakunin.register_certificate(
-  agent_id uuid, der bytea, serial text, public_key_modulus bytea,
-  not_before timestamptz, not_after timestamptz, permitted_actions text[] default '{}'
-) returns text
+create function kakunin.update_agent(
+  agent_id uuid, name text default null, tenant text default null,
+  model text default null, model_version text default null, model_hash text default null
+) returns jsonb
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial  text := kakunin.normalize_serial(register_certificate.serial);
-  v_actions text[] := coalesce(register_certificate.permitted_actions, '{}');
+  v_hash    text collate "C" := kakunin_private.check_model_hash(update_agent.model_hash);
+  v_serials text[];
 begin
-  perform kakunin_private.check_known_agent(register_certificate.agent_id);
-  perform kakunin_private.check_rsa_public_key(register_certificate.public_key_modulus, 65537);
-  if register_certificate.der is null or octet_length(register_certificate.der) not between 1 and 16384 then
-    raise exception using errcode = 'KA010', message = 'a certificate is 1 to 16384 bytes of DER';
+  perform kakunin_private.lock_agent(update_agent.agent_id);
+  if v_hash is not null and update_agent.model is null
+    and exists (select from kakunin_private.agents a where a.agent_id = update_agent.agent_id and a.model is null) then
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
   end if;
-  if not coalesce(isfinite(register_certificate.not_before) and isfinite(register_certificate.not_after), false)
-    or register_certificate.not_after <= register_certificate.not_before
-    or register_certificate.not_after - register_certificate.not_before > interval '365 days' then
-    raise exception using errcode = 'KA010',
-      message = 'a certificate is valid for at most 365 days, and notAfter comes after notBefore';
+  update kakunin_private.agents a
+     set name = coalesce(kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200), a.name),
+         tenant = case when update_agent.tenant is not null
+           then kakunin_private.check_text('a tenant', update_agent.tenant, 200) else a.tenant end,
+         model = case when update_agent.model is not null
+           then kakunin_private.check_text('a model', update_agent.model, 200) else a.model end,
+         model_version = case when update_agent.model_version is not null
+           then kakunin_private.check_text('a model''s version', update_agent.model_version, 200) else a.model_version end,
+         model_hash = coalesce(v_hash, a.model_hash)
+   where a.agent_id = update_agent.agent_id;
+  -- What a certificate says of the agent is no longer so: RFC 5280 calls that affiliationChanged.
+  select coalesce(array_agg(c.serial order by c.serial), '{}') into v_serials
+    from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id
+   where c.agent_id = update_agent.agent_id
+     and coalesce(c.revoked_at > kakunin_private.clock(), true) and c.not_after >= kakunin_private.clock()
+     and ((v_hash is not null and c.model_hash is distinct from v_hash)
+          or (update_agent.model is not null and c.model is distinct from update_agent.model)
+          or (update_agent.tenant is not null and c.tenant is distinct from update_agent.tenant));
+  perform kakunin_private.revoke(v_serials, 'affiliationChanged');
+  return jsonb_build_object(
+    'agent_id', update_agent.agent_id,
+    'certificates_revoked', to_jsonb(v_serials),
+    'next', case when cardinality(v_serials) > 0
+      then 'The certificate named another model or tenant and is revoked. Certify the agent anew.' end);
+end
+$$;
+comment on function kakunin.update_agent(uuid, text, text, text, text, text) is
+  'Changes what is given; certificates that say otherwise of model, model hash or tenant are revoked with it. Returns agent_id, certificates_revoked and what to do next. For kakunin_registrar and kakunin_operator';
+
+create function kakunin_private.lock_agent(p_agent_id uuid) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  -- Not FOR UPDATE: a transaction whose snapshot is older than what the one before it did would get that lock
+  -- and not see what was done. After an update it fails (40001).
+  update kakunin_private.agents a set name = a.name where a.agent_id = p_agent_id;
+  perform kakunin_private.check_known_agent(p_agent_id);
+end
+$$;
+comment on function kakunin_private.lock_agent(uuid) is
+  'Takes the agent''s row: what decides about all of its certificates happens one after the other. KA010 when there is none';
+
+-- Certificates ---------------------------------------------------------------------------------------
+
+create function kakunin_private.financial_scope(p_element bytea) returns jsonb
+language plpgsql immutable parallel unsafe
+as $$
+declare
+  v_scope jsonb;
+begin
+  v_scope := kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb;
+  if jsonb_typeof(v_scope) <> 'object' then
+    perform kakunin_private.refuse('the financial scope', 'it is not a JSON object');
   end if;
-  if array_ndims(v_actions) > 1 or cardinality(v_actions) > 256
-    or exists (select from unnest(v_actions) a where a is null or a !~ '^[A-Za-z0-9_.:/-]{1,128}$' and a !~ '^[A-Za-z0-9_.:/-]{1,126}:[*]$') then
-    raise exception using errcode = 'KA010',
-      message = 'permitted actions are at most 256 names of 1 to 128 characters from A-Z a-z 0-9 _ . : / -',
-      hint = 'Only a whole last part may be a star, as in trade:*.';
+  return v_scope;
+exception
+  -- no JSON, a number or a text jsonb cannot hold, nested too deep
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range or program_limit_exceeded then
+    perform kakunin_private.refuse('the financial scope', 'it is not JSON that this database can hold');
+    return null;
+end
+$$;
+comment on function kakunin_private.financial_scope(bytea) is 'The JSON object of extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
+
+create function kakunin.register_certificate(der bytea, overlap interval default null) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_what     constant text := 'the certificate';
+  c_once     constant text := 'A serial is used once. Issue a new certificate.';
+  v_now      constant timestamptz := kakunin_private.clock();
+  v_read     kakunin_private.x509_certificate := kakunin_private.x509_read_certificate(register_certificate.der);
+  v_issuer   kakunin_private.authorities := kakunin_private.issuer_of(v_read);
+  v_value    bytea;
+  v_parts    bytea[];
+  v_urn      text collate "C";
+  v_agent    kakunin_private.agents;
+  v_model    text;
+  v_hash     text collate "C";
+  v_actions  text[] := '{}'::text[];
+  v_tenant   text;
+  v_scope    jsonb;
+  v_overlap  double precision := extract(epoch from register_certificate.overlap)::double precision;
+  v_active   text;
+begin
+  -- From here on it is known that the authority signed this; what follows is whether it may.
+  perform kakunin_private.x509_check_critical(
+    v_read.extensions, '{2.5.29.15,2.5.29.17,2.5.29.19,2.5.29.37}', c_what);
+  if v_read.ca or coalesce(v_read.key_usage & 134, 0) <> 128 then  -- digitalSignature, and neither keyCertSign nor cRLSign
+    perform kakunin_private.refuse(c_what, 'it is not one for signing alone (no cA; keyUsage digitalSignature without keyCertSign and cRLSign)');
+  end if;
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '2.5.29.37');
+  if v_value is null
+    or decode('06082b06010505070302', 'hex') <> all (kakunin_private.der_children(v_value, 48, 'extKeyUsage'))
+    or exists (select from unnest(kakunin_private.der_children(v_value, 48, 'extKeyUsage')) e where get_byte(e, 0) <> 6) then
+    perform kakunin_private.refuse(c_what, 'its extKeyUsage does not have clientAuth');
+  end if;
+  if v_read.not_after - v_read.not_before > interval '365 days' then
+    perform kakunin_private.refuse(c_what, 'it is valid for more than 365 days');
+  end if;
+  if v_read.not_after < v_now then
+    perform kakunin_private.refuse(c_what, 'it has expired', 'Issue a new one.');
+  end if;
+
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '1.3.6.1.4.1.61411.1.1');
+  if v_value is null then
+    perform kakunin_private.refuse(c_what, 'it names no agent (extension 1.3.6.1.4.1.61411.1.1)');
+  end if;
+  v_urn := kakunin_private.der_utf8(v_value, 'the agent''s name');
+  if v_urn !~ '^urn:kakunin:agent:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then
+    perform kakunin_private.refuse('the agent''s name', 'it is not urn:kakunin:agent:<uuid> in lower case');
+  end if;
+  -- A reader of the alternative names must not find another agent there.
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '2.5.29.17');
+  if v_value is not null and exists (
+    select from unnest(kakunin_private.der_children(v_value, 48, 'subjectAltName')) n
+     -- [0] and [4] are constructed, the others not; [6] is uniformResourceIdentifier. [3] and [5] nobody reads.
+     where get_byte(n, 0) not in (160, 129, 130, 164, 134, 135, 136)
+        or (get_byte(n, 0) = 134
+            and kakunin_private.der_content(n, 134, 'subjectAltName') <> convert_to(v_urn, 'UTF8'))) then
+    perform kakunin_private.refuse('subjectAltName', 'its URI is not the agent''s name, or it has what is no name');
+  end if;
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '1.3.6.1.4.1.61411.1.2');
+  if v_value is not null then
+    v_parts := kakunin_private.der_children(v_value, 48, 'the model');
+    if cardinality(v_parts) <> 2 then
+      perform kakunin_private.refuse('the model', 'it is not a name and a hash');
+    end if;
+    v_model := kakunin_private.check_text('a model', kakunin_private.der_utf8(v_parts[1], 'the model'), 200);
+    v_hash := kakunin_private.check_model_hash(kakunin_private.der_utf8(v_parts[2], 'the model hash'));
+  end if;
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '1.3.6.1.4.1.61411.1.3');
+  if v_value is not null then
+    v_parts := kakunin_private.der_children(v_value, 48, 'the permitted actions');
+    if cardinality(v_parts) > 256 then
+      perform kakunin_private.refuse('the list of permitted actions', 'there are more than 256 of them');
+    end if;
+    select coalesce(array_agg(kakunin_private.der_utf8(p, 'a permitted action') order by n), '{}') into v_actions
+      from unnest(v_parts) with ordinality as u(p, n);
+    if exists (select from unnest(v_actions) a
+                where a collate "C" !~ '^[A-Za-z0-9_.:/-]{1,128}$' and a collate "C" !~ '^[A-Za-z0-9_.:/-]{1,126}:[*]$') then
+      perform kakunin_private.refuse('a permitted action',
+        'it is not 1 to 128 characters from A-Z a-z 0-9 _ . : / -',
+        'Only a whole last part may be a star, as in trade:*.');
+    end if;
+  end if;
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '1.3.6.1.4.1.61411.1.4');
+  if v_value is not null then
+    v_tenant := kakunin_private.check_text('a tenant', kakunin_private.der_utf8(v_value, 'the tenant'), 200);
+  end if;
+  v_value := kakunin_private.x509_extension_value(v_read.extensions, '1.3.6.1.4.1.61411.1.5');
+  if v_value is not null then
+    v_scope := kakunin_private.financial_scope(v_value);
+  end if;
+
+  -- The agent's row is locked, so that of two certificates at once the second finds the first.
+  perform kakunin_private.lock_agent(right(v_urn, 36)::uuid);
+  select * into strict v_agent from kakunin_private.agents a where a.agent_id = right(v_urn, 36)::uuid;
+  if v_agent.suspended_at is not null then
+    raise exception using errcode = 'KA008',
+      message = format('agent %s is suspended: %s', v_agent.agent_id, v_agent.suspended_reason),
+      hint = 'After review, an operator lifts it with kakunin.reinstate_agent(); then register the certificate.';
+  end if;
+  if v_agent.model_hash <> coalesce(v_hash, '') or v_agent.model <> v_model or v_agent.tenant is distinct from v_tenant then
+    perform kakunin_private.refuse(c_what, 'its model, its model hash or its tenant is not the agent''s',
+      'Certify the agent as it is now, or change it with kakunin.update_agent().');
+  end if;
+  -- In seconds: months and days compare as if a month had 30 of them, and add as what they are.
+  if v_overlap not between 0 and 30 * 86400 then
+    raise exception using errcode = 'KA010', message = 'an overlap is 0 to 30 days';
+  end if;
+  -- The first question, because a certificate given twice is its agent's active one as well; asked again below.
+  if exists (select from kakunin_private.certificates c where c.serial = v_read.serial) then
+    perform kakunin_private.refuse(c_what, format('serial %s is registered already', v_read.serial), c_once);
+  end if;
+  select c.serial into v_active from kakunin_private.certificates c
+   where c.agent_id = v_agent.agent_id and c.revoked_at is null and c.not_after >= v_now;
+  if found and register_certificate.overlap is null then
+    perform kakunin_private.refuse(c_what, format('agent %s has an active one already, %s', v_agent.agent_id, v_active),
+      'Revoke that, or give the overlap after which it is superseded.');
+  end if;
+  -- What an authority issued and nobody registered cannot be revoked. So once a later one is here, or was, it is too late.
+  if exists (select from kakunin_private.certificates c
+              where c.agent_id = v_agent.agent_id and least(c.not_before, c.registered_at) > v_read.not_before) then
+    perform kakunin_private.refuse(c_what, format('agent %s has been given a later one already', v_agent.agent_id),
+      'Issue a new one.');
+  end if;
+  if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_read.modulus)
+    or exists (select from kakunin_private.certificates c
+                where c.public_key_modulus = v_read.modulus and c.revocation_reason = 'keyCompromise') then
+    perform kakunin_private.refuse(c_what, 'its key is an authority''s, or one that was compromised', 'Make a new key.');
   end if;
   insert into kakunin_private.certificates
-    (serial, agent_id, der, public_key_modulus, not_before, not_after, permitted_actions, registered_by)
+    (serial, agent_id, issuer_key_id, der, public_key_modulus, not_before, not_after,
+     model, model_hash, permitted_actions, tenant, financial_scope, registered_by)
   values
-    (v_serial, register_certificate.agent_id, register_certificate.der, register_certificate.public_key_modulus,
-     register_certificate.not_before, register_certificate.not_after, v_actions, session_user)
-  on conflict on constraint certificates_pkey do nothing;
+    (v_read.serial, v_agent.agent_id, v_issuer.key_id, register_certificate.der, v_read.modulus, v_read.not_before, v_read.not_after,
+     v_model, v_hash, v_actions, v_tenant, v_scope, session_user)
+  on conflict on constraint certificates_pkey do nothing;  -- the same serial for another agent, at this moment
   if not found then
-    raise exception using errcode = 'KA010',
-      message = format('certificate %s is registered already', v_serial),
-      hint = 'A serial is used once. Issue a new certificate.';
+    perform kakunin_private.refuse(c_what, format('serial %s is registered already', v_read.serial), c_once);
   end if;
-  return v_serial;
+  if v_active is not null then
+    perform kakunin_private.revoke(
+      array[v_active], 'superseded', greatest(v_now, v_read.not_before) + make_interval(secs => v_overlap));
+  end if;
+  return v_read.serial;
 end
 $$;
-comment on function kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[]) is
-  'Registers a certificate (DER, serial, RSA modulus big-endian, at most 365 days, actions such as orders:*) and returns its serial. The registrar answers for the fields. For kakunin_registrar';
+comment on function kakunin.register_certificate(bytea, interval) is
+  'Registers a certificate (DER) that a trusted authority signed and returns its serial; all it says is read from what was signed. With an overlap (0 to 30 days) the agent''s active certificate is superseded after it. For kakunin_registrar';
 
-create function kakunin.revoke_certificate(serial text, reason text default 'unspecified') returns timestamptz
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+-- Verification -----------------------------------------------------------------------------------------
+
+create function kakunin_private.certificate_status(
+  p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
+  p_agent_id uuid, p_suspended_at timestamptz
+) returns text
+language sql volatile parallel safe
+return case
+  when kakunin_private.is_usable(p_serial, p_revoked_at, p_not_before, p_not_after, p_agent_id, p_suspended_at) then 'active'
+  when p_revoked_at <= kakunin_private.clock() then 'revoked'
+  when kakunin_private.clock() < p_not_before then 'not_yet_valid'
+  when kakunin_private.clock() > p_not_after then 'expired'
+  when p_suspended_at is not null or kakunin_private.is_stopped(p_agent_id::text) then 'suspended'
+  else 'revoked'  -- since the snapshot
+end;
+comment on function kakunin_private.certificate_status(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
+  'active where is_usable(), otherwise what it is instead: revoked, not_yet_valid, expired or suspended';
+
+create function kakunin.verify_certificate(serial text) returns jsonb
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial     text := kakunin.normalize_serial(revoke_certificate.serial);
-  v_revoked_at timestamptz;
+  v_serial text collate "C" := kakunin.normalize_serial(verify_certificate.serial);
 begin
-  -- RFC 5280 section 5.3.1. certificateHold and removeFromCRL are left out: a hold is a suspension,
-  -- which is the agent's, and nothing is ever taken off the list.
-  if revoke_certificate.reason is null or revoke_certificate.reason not in
-    ('unspecified', 'keyCompromise', 'cACompromise', 'affiliationChanged', 'superseded',
-     'cessationOfOperation', 'privilegeWithdrawn', 'aACompromise') then
-    raise exception using errcode = 'KA010',
-      message = 'not a revocation reason of RFC 5280',
-      hint = 'Use unspecified, keyCompromise, cACompromise, affiliationChanged, superseded, cessationOfOperation, privilegeWithdrawn or aACompromise.';
+  return coalesce((
+    select jsonb_build_object(
+             'serial_number', c.serial,
+             'valid', s.status = 'active',
+             'status', s.status,
+             'agent_id', a.agent_id,
+             'agent_name', a.name,
+             'tenant', c.tenant,
+             'model', c.model,
+             'model_hash', c.model_hash,
+             'permitted_actions', to_jsonb(c.permitted_actions),
+             'financial_scope', c.financial_scope,
+             'not_before', c.not_before,
+             'not_after', c.not_after,
+             'revoked_at', c.revoked_at,
+             'revocation_reason', c.revocation_reason,
+             'issuer_key_id', c.issuer_key_id)
+      from kakunin_private.certificates c
+      join kakunin_private.agents a on a.agent_id = c.agent_id
+      cross join lateral (select kakunin_private.certificate_status(
+        c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at) as status) s
+     where c.serial = v_serial),
+    jsonb_build_object('serial_number', v_serial, 'valid', false, 'status', 'unknown'));
+end
+$$;
+comment on function kakunin.verify_certificate(text) is
+  'Whether a certificate may be used now (valid), its status (active, revoked, expired, not_yet_valid, suspended, unknown), and what it says of its agent. For all the kit''s roles';
+
+create function kakunin.verify_message(serial text, payload bytea, signature bytea) returns jsonb
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_certificate jsonb := kakunin.verify_certificate(verify_message.serial);
+  v_modulus     bytea;
+  v_genuine     boolean := false;
+begin
+  if payload is null or signature is null then
+    raise exception using errcode = 'KA010', message = 'a payload and its signature are both needed';
   end if;
-  update kakunin_private.certificates c
-     set revoked_at = kakunin_private.clock(), revocation_reason = revoke_certificate.reason
-   where c.serial = v_serial and c.revoked_at is null;
+  select c.public_key_modulus into v_modulus from kakunin_private.certificates c
+   where c.serial = v_certificate ->> 'serial_number';
   if found then
-    perform kakunin_private.stop(v_serial);
+    v_genuine := kakunin_private.rsa_pkcs1_sha256_verify(v_modulus, 65537, payload, signature);
   end if;
-  -- A second revocation changes nothing: the first moment and reason are the ones that count.
-  select c.revoked_at into v_revoked_at from kakunin_private.certificates c where c.serial = v_serial;
-  if not found then
-    perform kakunin_private.check_certificate(v_serial);  -- says KA001
-  end if;
-  return v_revoked_at;
+  return jsonb_build_object(
+    'valid', v_genuine and (v_certificate -> 'valid')::boolean,
+    'signature_valid', v_genuine,
+    'certificate_status', v_certificate -> 'status',
+    'certificate_serial', v_certificate -> 'serial_number',
+    'agent_id', v_certificate -> 'agent_id',
+    'agent_name', v_certificate -> 'agent_name',
+    'model_hash', v_certificate -> 'model_hash');
 end
 $$;
-comment on function kakunin.revoke_certificate(text, text) is
-  'Revokes a certificate for good; returns when it was first revoked. Reasons are those of RFC 5280, such as keyCompromise, superseded, cessationOfOperation. For kakunin_operator';
-
-create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform kakunin_private.check_known_agent(suspend_agent.agent_id);
-  update kakunin_private.agents a
-     set suspended_at = coalesce(a.suspended_at, kakunin_private.clock()),
-         suspended_reason = coalesce(
-           a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
-   where a.agent_id = suspend_agent.agent_id;
-  perform kakunin_private.stop(suspend_agent.agent_id::text);
-end
-$$;
-comment on function kakunin.suspend_agent(uuid, text) is
-  'Stops every certificate of the agent at the next statement, until reinstate_agent(); the first moment and reason stay. For kakunin_operator';
-
-create function kakunin.reinstate_agent(agent_id uuid) returns void
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform kakunin_private.check_known_agent(reinstate_agent.agent_id);
-  update kakunin_private.agents a
-     set suspended_at = null, suspended_reason = null
-   where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
-end
-$$;
-comment on function kakunin.reinstate_agent(uuid) is
-  'Lifts a suspension. Revoked certificates stay revoked. For kakunin_operator';
+comment on function kakunin.verify_message(text, bytea, bytea) is
+  'Whether the agent''s key signed the payload (RSASSA-PKCS1-v1_5, SHA-256) and its certificate may be used now: valid is both. For all the kit''s roles';
 
 -- What an operator looks up before naming an agent or a serial. Plain views: they read the private tables
 -- with their owner's rights, and only the roles they are granted to can read them.
 create view kakunin.agents with (security_barrier = true) as
-  select a.agent_id, a.name, a.tenant, a.created_at, a.suspended_at, a.suspended_reason
+  select a.agent_id, a.name, a.tenant, a.model, a.model_version, a.model_hash,
+         a.created_at, a.suspended_at, a.suspended_reason
     from kakunin_private.agents a;
 comment on view kakunin.agents is 'Agents, and whether they are suspended. For kakunin_registrar, kakunin_operator, kakunin_auditor';
 
 create view kakunin.certificates with (security_barrier = true) as
-  select c.serial, c.agent_id, c.not_before, c.not_after, c.permitted_actions,
-         c.registered_at, c.registered_by, c.revoked_at, c.revocation_reason
+  select c.serial, c.agent_id, c.issuer_key_id, c.not_before, c.not_after, c.model, c.model_hash, c.permitted_actions,
+         c.tenant, c.financial_scope, c.registered_at, c.registered_by, c.revoked_at, c.revocation_reason, c.der
     from kakunin_private.certificates c;
 comment on view kakunin.certificates is 'Registered certificates. For kakunin_registrar, kakunin_operator, kakunin_auditor';
+
+create view kakunin.authorities with (security_barrier = true) as
+  select a.key_id, a.issuer_key_id, a.serial, a.not_before, a.not_after, a.path_length,
+         a.trusted_at, a.trusted_by, a.distrusted_at, a.distrust_reason, a.der
+    from kakunin_private.authorities a;
+comment on view kakunin.authorities is 'Pinned certificate authorities, for whoever builds a chain. For all the kit''s roles';
 
 -- Sessions: how a connection proves which certificate it works for, and how policies ask.
 --
@@ -832,6 +1800,17 @@ $$;
 comment on function kakunin_private.bound_serial() is
   'The serial this session is bound to, whatever the state of the certificate; NULL without a binding that verifies';
 
+-- Which backend is bound to what, for halt_agent(terminate => true): an advisory lock of the transaction. The
+-- agent's SQL cannot let go of it but by rolling back to a savepoint, and may then put the binding back, which it
+-- can read. So current_cert_serial() takes the lock too: what a transaction has read or written as an agent, and
+-- not undone, it holds the lock for. Its second number is a hash of the serial. The first is one that nobody
+-- else can tell beforehand, to hold the lock and so keep a binding from being made.
+create function kakunin_private.mark_bound(p_binding text, p_serial text) returns boolean
+language sql volatile parallel restricted
+return pg_try_advisory_xact_lock_shared(
+  hashtext(p_binding collate "C") # timestamp_hash(transaction_timestamp() at time zone interval '0'), hashtext(p_serial collate "C"));
+comment on function kakunin_private.mark_bound(text, text) is 'Marks this transaction as bound to the serial; false where another session holds the lock';
+
 -- bound_serial() and is_usable() in one statement: every statement on a protected table pays for this one,
 -- and a second query inside it would double that.
 create function kakunin.current_cert_serial() returns text
@@ -843,7 +1822,7 @@ declare
 begin
   if v_binding <> '' then
     return (
-      select c.serial
+      select case when kakunin_private.mark_bound(v_binding, c.serial) then c.serial end
         from kakunin_private.session_keys k
         join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
         join kakunin_private.agents a on a.agent_id = c.agent_id
@@ -873,7 +1852,7 @@ create function kakunin.current_agent_id() returns uuid
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin.current_cert_serial();
+  v_serial text collate "C" := kakunin.current_cert_serial();
 begin
   return (select c.agent_id from kakunin_private.certificates c where c.serial = v_serial);
 end
@@ -903,7 +1882,7 @@ create function kakunin.require_session() returns text
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin_private.bound_serial();
+  v_serial text collate "C" := kakunin_private.bound_serial();
 begin
   if v_serial is null then
     raise exception using errcode = 'KA004',
@@ -921,7 +1900,7 @@ create function kakunin.require_scope(scope text) returns boolean
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial text := kakunin.require_session();
+  v_serial text collate "C" := kakunin.require_session();
 begin
   if not kakunin.has_scope(require_scope.scope) then
     raise exception using errcode = 'KA005',
@@ -961,16 +1940,64 @@ return case when p_claims <> '' then (kakunin_private.claims_object(p_claims)
   else '{"kakunin_cert_serial":"' || p_serial || '"}' end;
 comment on function kakunin_private.claims_with(text, text) is 'These claims, with kakunin_cert_serial set to the serial';
 
+-- Reads no catalog that databases share: locking one takes room in the lock table, and an agent may have used it up.
+create function kakunin_private.bound_backends(p_serials text[]) returns integer[]
+language sql stable parallel restricted
+return coalesce((
+  select array_agg(distinct l.pid)
+    from pg_locks l, unnest(p_serials) s
+   where l.locktype = 'advisory' and l.objsubid = 2 and l.mode = 'ShareLock' and l.granted
+     and l.database = (select o.database from pg_locks o
+                        where o.pid = pg_backend_pid() and o.locktype = 'relation' and o.relation = 'pg_locks'::regclass)
+     and l.pid <> pg_backend_pid()
+     and l.objid = (hashtext(s collate "C")::bigint & 4294967295)::oid), '{}');
+comment on function kakunin_private.bound_backends(text[]) is 'Other backends whose transaction or session is bound to one of these serials';
+
+-- The lock of a session cannot be protected from its own SQL, and need not be drawn anew: taken once, at 0.
+create function kakunin_private.mark_session(p_serial text, p_bound boolean) returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_lock constant integer := hashtext(p_serial collate "C");
+  v_held constant boolean := exists (
+    select from pg_locks l
+     where l.pid = pg_backend_pid() and l.locktype = 'advisory' and l.objsubid = 2 and l.classid = 0::oid
+       and l.objid = (v_lock::bigint & 4294967295)::oid and l.granted);
+begin
+  if p_bound and not v_held then
+    perform pg_try_advisory_lock_shared(0, v_lock);
+  elsif v_held and not p_bound then
+    perform pg_advisory_unlock_shared(0, v_lock);
+  end if;
+end
+$$;
+comment on function kakunin_private.mark_session(text, boolean) is 'Takes, or lets go of, the lock of a session-scoped binding';
+
+create function kakunin_private.not_marked() returns text
+language plpgsql stable parallel restricted
+as $$
+begin
+  raise exception using errcode = 'KA004',
+    message = format('the lock that marks a binding of backend %s is held by another one', pg_backend_pid()),
+    hint = 'Bind again.';
+end
+$$;
+comment on function kakunin_private.not_marked() is 'Raises KA004: the binding could not be marked, which takes a collision of random numbers';
+
 -- One expression that reads no table: evaluated without the cost of a statement, a third of the whole here.
 create function kakunin_private.bind(p_serial text, p_binding text, p_is_local boolean) returns text
 language plpgsql volatile parallel unsafe
 as $$
 begin
+  if not p_is_local then
+    perform kakunin_private.mark_session(p_serial, true);
+  end if;
   return case when
-    set_config('kakunin.session', p_binding, p_is_local) is not null
+    kakunin_private.mark_bound(p_binding, p_serial)
+    and set_config('kakunin.session', p_binding, p_is_local) is not null
     and set_config('request.jwt.claims', kakunin_private.claims_with(
       case when p_is_local then current_setting('request.jwt.claims', true) end, p_serial), p_is_local) is not null
-    then p_serial end;
+    then p_serial else kakunin_private.not_marked() end;
 end
 $$;
 comment on function kakunin_private.bind(text, text, boolean) is
@@ -1026,7 +2053,7 @@ create function kakunin.bind_serial(serial text) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_serial  text := kakunin.normalize_serial(bind_serial.serial);
+  v_serial  text collate "C" := kakunin.normalize_serial(bind_serial.serial);
   v_binding text;
 begin
   perform kakunin_private.check_certificate(v_serial);
@@ -1052,6 +2079,7 @@ begin
   -- Not local: what a session-wide binding left must go too, and '' is what an unset one reads as.
   perform set_config('kakunin.session', '', false);
   if split_part(v_binding, '|', 3) = 's' then
+    perform kakunin_private.mark_session(split_part(v_binding, '|', 2), false);
     perform set_config('request.jwt.claims', '{}', false);
   elsif v_claims <> '' then
     perform set_config('request.jwt.claims', (kakunin_private.claims_object(v_claims) - 'kakunin_cert_serial')::text, true);
@@ -1216,10 +2244,476 @@ $$;
 comment on function kakunin.open_session(text) is
   'Exchanges an assertion signed by the agent''s key (RFC 7523) for a ticket of at most 300 seconds. Pass it as a bound parameter';
 
+-- Revocation: taking an agent's access away, and telling the world.
+--
+-- Three ways, from the mildest:
+--
+--   suspend_agent()       stops all certificates of an agent until reinstate_agent()
+--   revoke_certificate()  ends one certificate for good
+--   halt_agent()          the kill switch: suspends the agent, revokes all its certificates and records both, at
+--                         once; with terminate => true it also ends the backends bound to them
+--
+-- None of them waits for a signature, and all take effect at the next statement of every session. What other
+-- systems are told is signed by the authority's key, which is not in the database, so it follows: a
+-- certificate revocation list (RFC 5280 section 5) for each authority, and for each halt a receipt. The
+-- signer reads what is due (crls_due(), kakunin.halts), signs, and hands it in; the database verifies the
+-- signature with the pinned key, and that a list leaves nothing out, before it stores it.
+--
+-- A receipt is the UTF-8 of a JSON text in canonical form (RFC 8785), so that a verifier hashes the bytes as
+-- they are. Nobody is notified: what is due is a question, because any login can hold NOTIFY up, or fill its queue,
+-- and no revocation may wait for that or fail by it.
+--
+-- Which backend is bound to what is known from locks, which a binding takes: mark_bound() in the file on sessions.
+
+create function kakunin_private.check_revocation_reason(p_reason text) returns void
+language plpgsql immutable parallel safe
+as $$
+begin
+  -- RFC 5280 section 5.3.1. certificateHold and removeFromCRL are left out: a hold is a suspension,
+  -- which is the agent's, and nothing is ever taken off the list.
+  if p_reason is null or p_reason collate "C" not in
+    ('unspecified', 'keyCompromise', 'cACompromise', 'affiliationChanged', 'superseded',
+     'cessationOfOperation', 'privilegeWithdrawn', 'aACompromise') then
+    raise exception using errcode = 'KA010',
+      message = 'not a revocation reason of RFC 5280',
+      hint = 'Use unspecified, keyCompromise, cACompromise, affiliationChanged, superseded, cessationOfOperation, privilegeWithdrawn or aACompromise.';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_revocation_reason(text) is 'KA010 unless it is a reason of RFC 5280 that can be given for good';
+
+create function kakunin_private.revoke(p_serials text[], p_reason text, p_at timestamptz default null) returns text[]
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_now     constant timestamptz := kakunin_private.clock();
+  v_at      constant timestamptz := coalesce(p_at, v_now);
+  v_serials text[];
+  v_serial  text;
+begin
+  -- A revocation is brought forward, but never put off: the first moment and reason are the ones that count.
+  with revoked as (
+    update kakunin_private.certificates c
+       set revoked_at = v_at, revocation_reason = p_reason
+     where c.serial = any (p_serials) and coalesce(c.revoked_at > v_at, true)
+    returning c.serial
+  )
+  select coalesce(array_agg(r.serial order by r.serial), '{}') into v_serials from revoked r;
+  foreach v_serial in array v_serials loop
+    perform kakunin_private.stop(case when v_at > v_now then 'end ' else '' end || v_serial);
+  end loop;
+  return v_serials;
+end
+$$;
+comment on function kakunin_private.revoke(text[], text, timestamptz) is
+  'Revokes certificates from a moment on, by default now; returns those for which this changed anything';
+
+create function kakunin.revoke_certificate(serial text, reason text default 'unspecified') returns timestamptz
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial     text collate "C" := kakunin.normalize_serial(revoke_certificate.serial);
+  v_revoked_at timestamptz;
+begin
+  perform kakunin_private.check_revocation_reason(revoke_certificate.reason);
+  perform kakunin_private.revoke(array[v_serial], revoke_certificate.reason);
+  select c.revoked_at into v_revoked_at from kakunin_private.certificates c where c.serial = v_serial;
+  if not found then
+    perform kakunin_private.check_certificate(v_serial);  -- says KA001
+  end if;
+  return v_revoked_at;
+end
+$$;
+comment on function kakunin.revoke_certificate(text, text) is
+  'Revokes a certificate for good; returns when it was first revoked. Reasons are those of RFC 5280, such as keyCompromise, superseded, cessationOfOperation. For kakunin_operator';
+
+create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform kakunin_private.lock_agent(suspend_agent.agent_id);
+  update kakunin_private.agents a
+     set suspended_at = coalesce(a.suspended_at, kakunin_private.clock()),
+         suspended_reason = coalesce(
+           a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
+   where a.agent_id = suspend_agent.agent_id;
+  perform kakunin_private.stop(suspend_agent.agent_id::text);
+end
+$$;
+comment on function kakunin.suspend_agent(uuid, text) is
+  'Stops every certificate of the agent at the next statement, until reinstate_agent(); the first moment and reason stay. For kakunin_operator';
+
+create function kakunin.reinstate_agent(agent_id uuid) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform kakunin_private.lock_agent(reinstate_agent.agent_id);
+  update kakunin_private.agents a
+     set suspended_at = null, suspended_reason = null
+   where a.agent_id = reinstate_agent.agent_id;
+  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
+end
+$$;
+comment on function kakunin.reinstate_agent(uuid) is
+  'Lifts a suspension. Revoked certificates stay revoked. For kakunin_operator';
+
+create function kakunin.distrust_ca(key_id text, reason text default 'unspecified') returns text[]
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serials text[] := '{}'::text[];
+begin
+  perform kakunin_private.check_revocation_reason(distrust_ca.reason);
+  if not exists (select from kakunin_private.authorities a where a.key_id = distrust_ca.key_id collate "C") then
+    raise exception using errcode = 'KA010',
+      message = 'no authority with this key id is trusted here',
+      hint = 'select key_id from kakunin.authorities lists them.';
+  end if;
+  perform kakunin_private.check_snapshot_is_fresh('distrust');
+  -- Registrations that have begun hold their authority's row. What they register is seen by the next statement.
+  lock table kakunin_private.authorities in exclusive mode;
+  with recursive below as (
+    select distrust_ca.key_id collate "C" as key_id
+    union
+    select a.key_id from kakunin_private.authorities a join below b on a.issuer_key_id = b.key_id
+  ), distrusted as (
+    update kakunin_private.authorities a
+       set distrusted_at = coalesce(a.distrusted_at, kakunin_private.clock()), distrust_reason = distrust_ca.reason
+      from below b
+     where a.key_id = b.key_id
+       -- One already distrusted may turn out to be compromised, but not the other way round.
+       and (a.distrusted_at is null
+            or (distrust_ca.reason in ('keyCompromise', 'cACompromise')
+                and a.distrust_reason not in ('keyCompromise', 'cACompromise')))
+  )
+  select array_agg(c.serial) into v_serials
+    from kakunin_private.certificates c join below b on b.key_id = c.issuer_key_id
+   where distrust_ca.reason in ('keyCompromise', 'cACompromise');
+  return kakunin_private.revoke(coalesce(v_serials, '{}'), 'cACompromise');
+end
+$$;
+comment on function kakunin.distrust_ca(text, text) is
+  'Registers nothing more that this authority, or one below it, has signed. For keyCompromise and cACompromise all their certificates are revoked too; returns the serials of those. Final. For kakunin_operator';
+
+-- Halting --------------------------------------------------------------------------------------------
+
+create table kakunin_private.halts (
+  halt_id   uuid primary key default gen_random_uuid(),
+  agent_id  uuid not null references kakunin_private.agents,
+  reason    text not null,
+  serials   text[] collate "C" not null,
+  halted_at timestamptz not null,
+  halted_by name not null,
+  receipt   text not null,
+  key_id    text collate "C" references kakunin_private.authorities,
+  signature bytea,
+  signed_at timestamptz,
+  check (num_nulls(key_id, signature, signed_at) in (0, 3))
+);
+create index halts_agent_id on kakunin_private.halts (agent_id);
+comment on table kakunin_private.halts is 'Every halt, with the receipt an authority signs. The signature is added once and nothing else changes';
+comment on column kakunin_private.halts.receipt is
+  'What is signed: the UTF-8 of this JSON text, in canonical form (RFC 8785). RSASSA-PKCS1-v1_5 with SHA-256';
+
+create function kakunin_private.terminate(p_serials text[], inout p_ended integer[], out p_others integer[])
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_pid integer;
+begin
+  p_others := '{}';
+  foreach v_pid in array kakunin_private.bound_backends(p_serials) loop
+    begin
+      if v_pid <> all (p_ended) and pg_terminate_backend(v_pid) then
+        p_ended := p_ended || v_pid;
+      end if;
+    exception
+      -- Ending another login's backend needs pg_signal_backend, which only a superuser can grant. The halt stands.
+      when insufficient_privilege then p_others := p_others || v_pid;
+    end;
+  end loop;
+end
+$$;
+comment on function kakunin_private.terminate(text[], integer[]) is
+  'Ends the other backends bound to these certificates: adds them to those that are ending already, and says which ones the owner of the kit may not end';
+
+create function kakunin.halt_agent(agent_id uuid, reason text, terminate boolean default false) returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now     constant timestamptz := kakunin_private.clock();
+  v_halt_id constant uuid := gen_random_uuid();
+  v_serials text[];
+  v_all     text[];
+  v_receipt text;
+  v_ended   integer[] := '{}'::integer[];
+  v_others  integer[] := '{}'::integer[];
+begin
+  perform kakunin_private.check_text('a reason', halt_agent.reason, 1000);
+  if terminate is null then
+    raise exception using errcode = 'KA010', message = 'terminate must be true or false';
+  end if;
+  -- Before anything is written as well as after: a backend of the agent's may have used up the server's locks, and
+  -- then nothing can be written. Ending it does not need this transaction to succeed.
+  if halt_agent.terminate then
+    select t.p_ended into v_ended from kakunin_private.terminate(
+      array(select c.serial from kakunin_private.certificates c where c.agent_id = halt_agent.agent_id), v_ended) t;
+  end if;
+  perform kakunin_private.lock_agent(halt_agent.agent_id);
+  v_all := array(select c.serial from kakunin_private.certificates c where c.agent_id = halt_agent.agent_id and c.not_after >= v_now);
+  perform kakunin.suspend_agent(halt_agent.agent_id, halt_agent.reason);
+  v_serials := kakunin_private.revoke(v_all, 'privilegeWithdrawn');
+  -- Members in the order of their names and no blanks, as RFC 8785 has it; all are texts, and what to_json()
+  -- escapes in a text is what RFC 8785 has escaped.
+  v_receipt := '{"agent_id":' || to_json(halt_agent.agent_id::text)
+    || ',"certificates":' || coalesce((select '[' || string_agg(to_json(s)::text, ',' order by n) || ']'
+                                         from unnest(v_serials) with ordinality as u(s, n)), '[]')
+    || ',"halt_id":' || to_json(v_halt_id::text)
+    || ',"halted_at":' || to_json(to_char(v_now at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'))
+    || ',"halted_by":' || to_json(session_user::text)
+    || ',"installation":' || to_json(kakunin.installation_id()::text)
+    || ',"reason":' || to_json(halt_agent.reason)
+    || ',"type":"kakunin.halt"}';
+  insert into kakunin_private.halts (halt_id, agent_id, reason, serials, halted_at, halted_by, receipt)
+  values (v_halt_id, halt_agent.agent_id, halt_agent.reason, v_serials, v_now, session_user, v_receipt);
+  if halt_agent.terminate then
+    select t.p_ended, t.p_others into v_ended, v_others from kakunin_private.terminate(v_all, v_ended) t;
+  end if;
+  return jsonb_build_object(
+    'halt_id', v_halt_id,
+    'agent_id', halt_agent.agent_id,
+    'halted_at', v_now,
+    'certificates_revoked', to_jsonb(v_serials),
+    'backends_terminated', cardinality(v_ended),
+    'backends_not_terminated', cardinality(v_others),
+    'hint', case when cardinality(v_others) > 0
+      then format('Backends of other logins see nothing from their next statement on, but were not ended. A superuser allows it: grant pg_signal_backend to %I', current_user) end,
+    'receipt', v_receipt);
+end
+$$;
+comment on function kakunin.halt_agent(uuid, text, boolean) is
+  'Suspends the agent, revokes its certificates and records it, in this transaction; terminate also ends the backends bound to them. Returns halt_id, what was done and the receipt, which an authority signs afterwards. For kakunin_operator';
+
+create function kakunin.sign_halt(halt_id uuid, key_id text, signature bytea) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_halt    kakunin_private.halts;
+  v_modulus bytea;
+begin
+  select * into v_halt from kakunin_private.halts h where h.halt_id = sign_halt.halt_id for update;
+  if not found then
+    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given'));
+  end if;
+  select a.public_key_modulus into v_modulus from kakunin_private.authorities a
+   where a.key_id = sign_halt.key_id collate "C" and a.distrusted_at is null;
+  if not found or not kakunin_private.rsa_pkcs1_sha256_verify(
+    v_modulus, 65537, convert_to(v_halt.receipt, 'UTF8'), sign_halt.signature) then
+    perform kakunin_private.refuse('the signature', 'it is not that of a trusted authority over the receipt');
+  end if;
+  -- The first signature stays.
+  update kakunin_private.halts h
+     set key_id = sign_halt.key_id, signature = sign_halt.signature, signed_at = kakunin_private.clock()
+   where h.halt_id = sign_halt.halt_id and h.signature is null;
+end
+$$;
+comment on function kakunin.sign_halt(uuid, text, bytea) is
+  'Adds an authority''s signature (RSASSA-PKCS1-v1_5, SHA-256) over the receipt, once it has been verified; the first one stays. For kakunin_registrar, kakunin_operator, kakunin_worker';
+
+create view kakunin.halts with (security_barrier = true) as
+  select h.halt_id, h.agent_id, h.reason, h.serials, h.halted_at, h.halted_by, h.receipt, h.key_id, h.signature, h.signed_at
+    from kakunin_private.halts h;
+comment on view kakunin.halts is
+  'Halts and their receipts; one without a signature waits for it. For kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor';
+
+-- Revocation lists -----------------------------------------------------------------------------------
+
+create table kakunin_private.crls (
+  key_id       text collate "C" primary key references kakunin_private.authorities,
+  number       numeric not null,
+  this_update  timestamptz not null,
+  next_update  timestamptz not null,
+  serials      text[] collate "C" not null,
+  der          bytea not null,
+  published_at timestamptz not null,
+  published_by name not null
+);
+comment on table kakunin_private.crls is 'The newest list of each authority';
+comment on column kakunin_private.crls.serials is
+  'What it lists: a revocation that was not committed when the list was made may be dated before it';
+
+create function kakunin.revocations(key_id text) returns table (serial text, revoked_at timestamptz, reason text)
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  -- An entry stays for a week after its certificate has expired, so that it is on at least one list issued
+  -- after that (RFC 5280 section 3.3).
+  v_since constant timestamptz := kakunin_private.clock() - interval '7 days';
+begin
+  return query
+    select c.serial, c.revoked_at, c.revocation_reason
+      from kakunin_private.certificates c
+     where c.issuer_key_id = revocations.key_id collate "C" and c.revoked_at <= kakunin_private.clock() and c.not_after > v_since
+    union all
+    select a.serial, a.distrusted_at, a.distrust_reason
+      from kakunin_private.authorities a
+     where a.issuer_key_id = revocations.key_id collate "C" and a.issuer_key_id <> a.key_id
+       and a.distrusted_at is not null and a.not_after > v_since;
+end
+$$;
+comment on function kakunin.revocations(text) is
+  'What the revocation list of the authority with this key id has to list now. For kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor';
+
+create function kakunin.crls_due() returns table (key_id text, next_number numeric)
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select a.key_id, coalesce(l.number, 0) + 1
+      from kakunin_private.authorities a
+      left join kakunin_private.crls l on l.key_id = a.key_id
+     where a.not_after > kakunin_private.clock()
+       -- Compromised, its word counts for nothing any more; distrusted for another reason, it still says what it revoked.
+       and coalesce(a.distrust_reason not in ('keyCompromise', 'cACompromise'), true)
+       and (l.key_id is null
+            or kakunin_private.clock() > l.this_update + (l.next_update - l.this_update) / 2
+            or exists (select r.serial from kakunin.revocations(a.key_id) r except select unnest(l.serials)))
+     order by a.key_id;
+end
+$$;
+comment on function kakunin.crls_due() is
+  'Authorities whose list is missing, leaves a revocation out or is past half its time, and the number of the next one. For kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor';
+
+create function kakunin.publish_crl(der bytea) returns numeric
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_what       constant text := 'the CRL';
+  v_now        constant timestamptz := kakunin_private.clock();
+  v_outer      bytea[];
+  v_fields     bytea[];
+  v_parts      bytea[];
+  v_extensions kakunin_private.x509_extension[];
+  v_entries    bytea[] := '{}'::bytea[];
+  v_entry      bytea;
+  v_signature  bytea;
+  v_value      bytea;
+  v_this       timestamptz;
+  v_next       timestamptz;
+  v_number     numeric;
+  v_authority  kakunin_private.authorities;
+  v_serials    text[] := '{}'::text[];
+  v_reasons    text[] := '{}'::text[];
+  v_dates      timestamptz[] := '{}'::timestamptz[];
+  v_reason     integer;
+  v_wrong      text;
+begin
+  if publish_crl.der is null or octet_length(publish_crl.der) not between 1 and 8388608 then
+    perform kakunin_private.refuse(c_what, 'it is 1 byte to 8 MiB of DER');
+  elsif substr(publish_crl.der, 1, 5) = '-----' then
+    perform kakunin_private.refuse(c_what, 'it is PEM', 'Give the DER that PEM wraps in base64.');
+  end if;
+  perform kakunin_private.check_snapshot_is_fresh('publishing a CRL');
+  perform kakunin_private.der_check(publish_crl.der);
+  v_outer := kakunin_private.der_children(publish_crl.der, 48, c_what);
+  v_fields := kakunin_private.der_children(v_outer[1], 48, 'the TBSCertList');
+  -- Version 2, algorithm, issuer, thisUpdate, nextUpdate, perhaps entries, extensions (RFC 5280 section 5.1)
+  if cardinality(v_fields) not between 6 and 7 or v_fields[1] <> decode('020101', 'hex') then
+    perform kakunin_private.refuse(c_what, 'it is not version 2 with nextUpdate and extensions');
+  end if;
+  v_signature := kakunin_private.x509_check_signed(v_outer, v_fields[2], c_what);
+  v_this := kakunin_private.der_time(v_fields[4], 'thisUpdate');
+  v_next := kakunin_private.der_time(v_fields[5], 'nextUpdate');
+  if cardinality(v_fields) = 7 then
+    v_entries := kakunin_private.der_children(v_fields[6], 48, 'the entries');
+  end if;
+  v_parts := kakunin_private.der_children(v_fields[cardinality(v_fields)], 160, 'the extensions');  -- [0]
+  if cardinality(v_parts) <> 1 then
+    perform kakunin_private.refuse('the list of extensions', 'it is not one list');
+  end if;
+  v_extensions := kakunin_private.x509_extensions(v_parts[1], c_what);
+  perform kakunin_private.x509_check_critical(v_extensions, '{}', c_what);
+
+  select * into v_authority from kakunin_private.authorities a
+   where a.key_id = kakunin_private.x509_authority_key_id(v_extensions) and a.subject = v_fields[3]
+     and coalesce(a.distrust_reason not in ('keyCompromise', 'cACompromise'), true)
+     for no key update;
+  if not found then
+    perform kakunin_private.refuse(c_what, 'its issuer is not an authority that is trusted here');
+  end if;
+  if not kakunin_private.rsa_pkcs1_sha256_verify(v_authority.public_key_modulus, 65537, v_outer[1], v_signature) then
+    perform kakunin_private.refuse(c_what, 'its signature is not that of its issuer');
+  end if;
+
+  v_value := kakunin_private.x509_positive(
+    kakunin_private.x509_extension_value(v_extensions, '2.5.29.20'), 'the CRL number');
+  if octet_length(v_value) > 20 then
+    perform kakunin_private.refuse('the CRL number', 'it is longer than 20 octets');
+  end if;
+  v_number := kakunin_private.bytes_to_numeric(v_value);
+  if exists (select from kakunin_private.crls l
+              where l.key_id = v_authority.key_id and (l.number >= v_number or l.this_update > v_this)) then
+    perform kakunin_private.refuse(c_what, 'it is not newer than the one that is published');
+  end if;
+  if v_this > v_now + interval '5 minutes' or v_next <= v_now or v_next - v_this > interval '90 days' then
+    perform kakunin_private.refuse(c_what, 'it is not of now, or is to last more than 90 days');
+  end if;
+
+  foreach v_entry in array v_entries loop
+    v_parts := kakunin_private.der_children(v_entry, 48, 'an entry');
+    if cardinality(v_parts) not between 2 and 3 then
+      perform kakunin_private.refuse('an entry', 'it is not a serial number, a date and extensions');
+    end if;
+    v_reason := 0;
+    if cardinality(v_parts) = 3 then
+      v_extensions := kakunin_private.x509_extensions(v_parts[3], 'an entry');
+      perform kakunin_private.x509_check_critical(v_extensions, '{}', 'an entry');
+      v_value := kakunin_private.x509_extension_value(v_extensions, '2.5.29.21');
+      if v_value is not null then
+        v_value := kakunin_private.der_content(v_value, 10, 'the reason');
+        v_reason := case when octet_length(v_value) = 1 then get_byte(v_value, 0) else 255 end;  -- 255 is none
+      end if;
+    end if;
+    v_serials := v_serials || kakunin_private.x509_serial(v_parts[1]);
+    v_dates := v_dates || kakunin_private.der_time(v_parts[2], 'the revocation date');
+    v_reasons := v_reasons || coalesce((array['unspecified', 'keyCompromise', 'cACompromise', 'affiliationChanged',
+      'superseded', 'cessationOfOperation', null, null, null, 'privilegeWithdrawn', 'aACompromise'])[v_reason + 1], '');
+  end loop;
+  select coalesce(r.serial, e.serial) into v_wrong
+    from (select * from unnest(v_serials, v_dates, v_reasons) as u(serial, revoked_at, reason)) e
+    full join kakunin.revocations(v_authority.key_id) r
+      on r.serial = e.serial and date_trunc('second', r.revoked_at) = e.revoked_at and r.reason = e.reason
+   where r.serial is null or e.serial is null
+   limit 1;
+  if found or cardinality(v_serials) <> (select count(distinct s) from unnest(v_serials) s) then
+    perform kakunin_private.refuse(c_what,
+      format('it does not list what is revoked here, as of %s', coalesce(v_wrong, 'one that is listed twice')),
+      'Make it from kakunin.revocations(key_id), at once.');
+  end if;
+
+  insert into kakunin_private.crls as l
+    (key_id, number, this_update, next_update, serials, der, published_at, published_by)
+  values
+    (v_authority.key_id, v_number, v_this, v_next, v_serials, publish_crl.der, v_now, session_user)
+  on conflict on constraint crls_pkey do update
+    set number = excluded.number, this_update = excluded.this_update, next_update = excluded.next_update,
+        serials = excluded.serials, der = excluded.der, published_at = excluded.published_at, published_by = excluded.published_by;
+  return v_number;
+end
+$$;
+comment on function kakunin.publish_crl(bytea) is
+  'Stores a revocation list (DER) once it is known to be its authority''s, newer than the last, and to list exactly what is revoked here; returns its number. For kakunin_registrar, kakunin_operator, kakunin_worker';
+
+create view kakunin.crls with (security_barrier = true) as
+  select l.key_id, l.number, l.this_update, l.next_update, cardinality(l.serials) as entries, l.published_at, l.published_by, l.der
+    from kakunin_private.crls l;
+comment on view kakunin.crls is 'The newest revocation list of each authority, DER, for any node to serve. For all the kit''s roles';
+
 -- Policies: putting row-level security on a table of yours.
 --
 -- protect() writes what sql/policies/agent_vault.sql shows by hand: one permissive policy that lets a
--- bound session see and change the rows whose serial column equals its own. A role the policy does not
+-- bound session see and change the rows whose serial column equals its own. Where that column is a uuid it
+-- holds the agent's id instead, and the rows stay the agent's when its certificate is renewed. A role the policy does not
 -- name, and a session without a binding, sees no row. With write_scope, three restrictive policies
 -- refuse aloud (KA005) any write, by anybody, without a certificate that permits that action.
 --
@@ -1279,7 +2773,6 @@ begin
       message = 'write_scope is 1 to 128 characters from A-Z a-z 0-9 _ . : / -';
   end if;
   select string_agg(quote_ident(r), ', ') into v_roles from unnest(roles) r;
-  v_isolation := format('%I = (select kakunin.current_cert_serial())', serial_column);
   v_scope := format('(select kakunin.require_scope(%L))', write_scope);
 
   for v_table in
@@ -1302,11 +2795,13 @@ begin
         message = format('%s is not a table, and only a table can have row-level security', v_table.name),
         hint = 'Protect the tables below it; make views over them with security_invoker = true.';
     end if;
-    if v_table.attnum is null or v_table.column_type not in ('text'::regtype, 'varchar'::regtype) then
+    if v_table.attnum is null or v_table.column_type not in ('text'::regtype, 'varchar'::regtype, 'uuid'::regtype) then
       raise exception using errcode = 'KA010',
-        message = format('%s has no column %I of type text or varchar', v_table.name, serial_column),
-        hint = 'Add it, or name the column that holds the serial of the agent a row belongs to.';
+        message = format('%s has no column %I of type text, varchar or uuid', v_table.name, serial_column),
+        hint = 'Add it, or name the column that holds the serial, or the agent id, that a row belongs to.';
     end if;
+    v_isolation := format('%I = (select kakunin.%I())', serial_column,
+      case when v_table.column_type = 'uuid'::regtype then 'current_agent_id' else 'current_cert_serial' end);
     if not v_table.collisdeterministic then
       raise exception using errcode = 'KA010',
         message = format('the column %I of %s has a nondeterministic collation, under which two serials may be equal',
@@ -1393,7 +2888,7 @@ begin
 end
 $$;
 comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -1466,16 +2961,33 @@ grant execute on function
 grant execute on function kakunin.bind_serial(text) to kakunin_gateway;
 
 grant execute on function
-  kakunin.create_agent(text, text),
-  kakunin.register_certificate(uuid, bytea, text, bytea, timestamptz, timestamptz, text[])
+  kakunin.create_agent(text, text, text, text, text), kakunin.register_certificate(bytea, interval)
   to kakunin_registrar;
 
+grant execute on function kakunin.update_agent(uuid, text, text, text, text, text) to kakunin_registrar, kakunin_operator;
+
+-- Verification tells what a certificate says, which its holder shows to everybody.
+grant execute on function kakunin.verify_certificate(text), kakunin.verify_message(text, bytea, bytea) to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+
+grant select on kakunin.authorities, kakunin.crls to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+
 grant select on kakunin.agents, kakunin.certificates to kakunin_registrar, kakunin_operator, kakunin_auditor;
+
+-- What the holder of an authority's key has to sign, and brings back. The database verifies the signatures.
+grant select on kakunin.halts to kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+grant execute on function kakunin.crls_due(), kakunin.revocations(text) to
+  kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+grant execute on function kakunin.publish_crl(bytea), kakunin.sign_halt(uuid, text, bytea) to
+  kakunin_registrar, kakunin_operator, kakunin_worker;
 
 -- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
 -- tables who is no operator is granted the two, and USAGE on schema kakunin, by name.
 grant execute on function
+  kakunin.trust_ca(bytea), kakunin.distrust_ca(text, text),
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
+  kakunin.halt_agent(uuid, text, boolean),
   kakunin.rotate_session_key(interval),
   kakunin.protect(regclass, name, name[], text, boolean, boolean), kakunin.unprotect(regclass)
   to kakunin_operator;

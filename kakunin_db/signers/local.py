@@ -1,45 +1,16 @@
-"""Signers: who holds a private key, and how a digest gets signed by it.
-
-Everything that signs in the kit asks a :class:`Signer`, so that a key in a KMS and a key on a laptop
-are used alike. An implementation may block on the network; asynchronous callers run it in a thread.
-"""
+"""Keys in encrypted files on this machine. For laptops and tests."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
-from typing import Protocol
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
 
-from .errors import BadInputError
-
-
-class Signer(Protocol):
-    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017) over a digest made by the caller."""
-
-    @property
-    def key_id(self) -> str:
-        """Names the key for people and logs. Never secret."""
-        ...
-
-    def public_key(self) -> rsa.RSAPublicKey: ...
-
-    def sign(self, digest: bytes) -> bytes:
-        """Signs a SHA-256 digest (32 bytes); returns the signature, as many bytes as the modulus."""
-        ...
-
-
-def check_rsa_key(key: rsa.RSAPublicKey) -> None:
-    """Raises BadInputError unless the database verifies signatures of such a key."""
-    exponent = key.public_numbers().e
-    if not 2048 <= key.key_size <= 4096 or exponent != 65537:
-        raise BadInputError(
-            f"an RSA key of {key.key_size} bits with exponent {exponent} is not supported",
-            "Use 2048 to 4096 bits and the exponent 65537.",
-        )
+from ..errors import BadInputError, SignerError
+from .base import Signer, check_digest, check_rsa_key, subject_key_id
 
 
 class LocalSigner:
@@ -95,7 +66,65 @@ class LocalSigner:
         return self._key.public_key()
 
     def sign(self, digest: bytes) -> bytes:
+        check_digest(digest)
         return self._key.sign(digest, padding.PKCS1v15(), utils.Prehashed(hashes.SHA256()))
 
     def __repr__(self) -> str:
         return f"<LocalSigner {self._key_id}>"
+
+
+class LocalKeys:
+    """A folder of encrypted keys, each in ``<subject key id>.pem``. Their labels are not kept.
+
+    An opened key is in this process's memory: for production use a store whose keys never leave it.
+    """
+
+    def __init__(self, folder: str | Path, password: bytes) -> None:
+        if not password:
+            raise BadInputError("keys are not kept without a password")
+        self._folder = Path(folder)
+        self._password = password
+
+    def _path(self, public_key: rsa.RSAPublicKey) -> Path:
+        return self._folder / f"{subject_key_id(public_key)}.pem"
+
+    def create(self, label: str) -> LocalSigner:
+        signer = LocalSigner.generate()
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            signer.save(self._path(signer.public_key()), self._password)
+        except OSError as error:
+            raise SignerError(
+                f"no key can be kept in {self._folder}: {error.strerror}", "Check the folder and its owner."
+            ) from error
+        return signer
+
+    def open(self, public_key: rsa.RSAPublicKey) -> LocalSigner:
+        """Raises SignerError when the folder has no such key, BadInputError when the password is another."""
+        path = self._path(public_key)
+        signer = load_signer(path, self._password)
+        if signer.public_key() != public_key:
+            raise SignerError(f"{path} holds another key than its name says", "Restore the file.")
+        return signer
+
+    def discard(self, signer: Signer) -> None:
+        path = self._path(signer.public_key())
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise SignerError(
+                f"the key {path} cannot be deleted: {error.strerror}", "Check the folder and its owner."
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"<LocalKeys {self._folder}>"
+
+
+def load_signer(path: str | Path, password: bytes) -> LocalSigner:
+    """LocalSigner.load(), with a SignerError where the file cannot be read."""
+    try:
+        return LocalSigner.load(path, password)
+    except OSError as error:
+        raise SignerError(
+            f"the key {path} cannot be read: {error.strerror}", "Check the path and the file's owner."
+        ) from error
