@@ -18,9 +18,7 @@ from kakunin_db.client import write_receipt
 async def main(dsn: str, agent_id: str, reason: str) -> None:
     async with AsyncKakunin(dsn, keys=os.environ.get("KAKUNIN_KEYS", "file:keys")) as kakunin:
         receipt = await kakunin.agents.halt(agent_id, reason)
-    print(
-        f"halted at {receipt.halted_at:%H:%M:%S}, revoked {', '.join(receipt.certificates_revoked) or 'nothing'}"
-    )
+    print(f"halted at {receipt.halted_at}, revoked:", *receipt.certificates_revoked)
     if receipt.signature is None:
         print(f"the halt stands; its signature is pending: {receipt.pending}")
     print("written:", *filter(None, write_receipt(receipt, ".")))

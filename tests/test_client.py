@@ -959,7 +959,8 @@ def test_with_kms_no_private_key_is_in_the_process(
     theirs = f"alias/kakunin/{subject_key_id(AgentCertificate.from_der(certificate.der).public_key)}"
     of_ca = f"alias/kakunin/{subject_key_id(aws.ca.signer.public_key())}"
     assert [name for name, _ in calls] == [
-        "GetPublicKey", "CreateKey", "GetPublicKey", "CreateAlias", "Sign", "GetPublicKey", "Sign",
+        "GetPublicKey", "CreateKey", "GetPublicKey", "CreateAlias", "Sign",
+        "GetPublicKey", "GetPublicKey", "Sign",  # the authority's first: it must have signed the certificate
     ]  # fmt: skip
     assert [key for name, key in calls if name == "Sign"] == [of_ca, theirs]
     assert wire.key(theirs).description == f"agent {agent.agent_id}"
@@ -1515,6 +1516,7 @@ FORGERIES: dict[str, Callable[[Tampered], bytes]] = {
             lifetime=2 * DAY / 1e4,
         ).der
     ),
+    "of another serial": lambda t: wide(t.place.ca, t.agent).der,
     "the authority's own": lambda t: t.place.ca.der,
     "the root's own": lambda t: t.place.root.der,
     "one bit": lambda t: t.certificate.der.replace(b"orders:read", b"orders:reae"),
@@ -1527,7 +1529,9 @@ def test_a_certificate_that_was_exchanged_is_not_renewed(
     client: Opener, tampered: Tampered, forgery: str
 ) -> None:
     der = FORGERIES[forgery](tampered)
-    tampered.edit(der)
+    tampered.edit(
+        der, **{"serial": tampered.certificate.serial_number} if forgery == "of another serial" else {}
+    )
     signed = count_signatures(tampered.place)
     with tampered.place.unchanged(tampered.agent), pytest.raises(BadInputError) as caught:
         client("registrar").agents.rotate(tampered.agent.agent_id)
@@ -1585,7 +1589,7 @@ def test_nor_does_an_agents_key_that_passes_for_an_authoritys(client: Opener, ta
     assert rotated.issuer_key_id == evil.key_id
 
 
-@alternating("exchanged", ["the authority's own", "with its key"])
+@alternating("exchanged", ["the authority's own", "with its key", "with its key, by the agent's"])
 def test_an_authoritys_key_is_not_taken_for_an_agents(
     client: Opener, tampered: Tampered, exchanged: str
 ) -> None:
@@ -1593,21 +1597,39 @@ def test_an_authoritys_key_is_not_taken_for_an_agents(
     ca = tampered.place.ca
     if exchanged == "the authority's own":
         tampered.edit(ca.der)
-    else:
+    elif exchanged == "with its key":
         tampered.edit(wide(false_ca(), tampered.agent, public_key=ca.signer.public_key()).der)
+    else:
+        # With the agent's help, whose key passes for an authority's: then only what is signed tells. Not so
+        # where authorities' keys are in a store of their own.
+        evil = CertificateAuthority.create(tampered.signer, "Evil CA")
+        tampered.plant(evil)
+        forged = wide(evil, tampered.agent, public_key=ca.signer.public_key())
+        tampered.edit(forged.der, issuer_key_id=evil.key_id)
     loot = wide(false_ca(), tampered.agent).certificate.tbs_certificate_bytes
+    registrar = client("registrar")
+    apart = client("registrar", ca_keys=tampered.place.keys, keys=Memory())
     signed = count_signatures(tampered.place)
     with pytest.raises(BadInputError):
-        client("registrar").agents.sign(tampered.agent.agent_id, loot)
+        registrar.agents.sign(tampered.agent.agent_id, loot)
+    if "by the agent's" not in exchanged:
+        with pytest.raises(BadInputError):
+            registrar.agents.sign(tampered.agent.agent_id, "x")
+    with pytest.raises((SignerError, BadInputError)):
+        apart.agents.sign(tampered.agent.agent_id, "x")
     assert signed() == 0
 
 
-def test_signing_names_the_certificate_that_was_read(client: Opener, tampered: Tampered) -> None:
+def test_another_agents_key_is_not_taken_for_an_agents(client: Opener, tampered: Tampered) -> None:
     other = client("registrar").agents.create("other", tenant="acme")
     theirs = client("registrar").agents.certify(other.agent_id)
-    tampered.edit(theirs.der, serial=tampered.certificate.serial_number)
-    with pytest.raises(BadInputError, match="is not what its authority signed"):
-        client("registrar").agents.sign(tampered.agent.agent_id, "x")
+    with_their_key = wide(
+        false_ca(), tampered.agent, public_key=AgentCertificate.from_der(theirs.der).public_key
+    )
+    for der in (theirs.der, with_their_key.der):
+        tampered.edit(der, serial=tampered.certificate.serial_number)
+        with pytest.raises(BadInputError, match="is not what its authority signed"):
+            client("registrar").agents.sign(tampered.agent.agent_id, "x")
 
 
 def test_an_agent_that_changed_since_it_was_looked_at_is_not_certified(client: Opener, local: Place) -> None:
@@ -1858,7 +1880,8 @@ def test_what_could_open_a_session_is_not_signed(
 def signed_parts() -> dict[str, bytes]:
     """What is signed of everything an authority's key may sign, but receipts."""
     key = _stranger()._key
-    ca = CertificateAuthority.create(LocalSigner.generate(), "A CA")
+    authority = LocalSigner.generate()
+    ca = CertificateAuthority.create(authority, "A CA")
     name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "x")])
     request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
     certificate = ca.issue(NOBODY, _stranger().public_key(), permitted_actions=["a:*"]).certificate
@@ -1869,7 +1892,7 @@ def signed_parts() -> dict[str, bytes]:
             dt.datetime.now(dt.timezone.utc), None, None, None,
         )
         .responder_id(ocsp.OCSPResponderEncoding.HASH, ca.certificate)
-        .sign(key, hashes.SHA256())
+        .sign(authority._key, hashes.SHA256())
     )  # fmt: skip
     signed = certificate.tbs_certificate_bytes
     revoked = ca.revocation_list([], 1).tbs_certlist_bytes
@@ -2038,7 +2061,7 @@ async def test_the_loop_goes_on_while_the_kms_is_slow(aws: Place, wire: Wire) ->
                 asked.clear()
                 answer.set()
             await task
-    assert in_time == [True] * 7
+    assert in_time == [True] * 8
 
 
 class Held(Wrapped):
@@ -2126,7 +2149,18 @@ async def test_cancelled_while_the_authority_signs_does_not_wait_for_it(local: P
         assert local.certificates(agent.agent_id) == 0
 
 
-async def test_cancelled_while_the_database_registers(local: Place) -> None:
+async def test_cancelled_while_the_database_registers(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more while the client looks whether that was done."""
+    looking = threading.Event()
+    real = connectors.AsyncConnector._fetch
+
+    async def fetch(connection: Any, query: Any) -> Any:
+        if query.sql.startswith("select from kakunin.certificates"):
+            looking.set()
+            await asyncio.sleep(0.05)
+        return await real(connection, query)
+
+    monkeypatch.setattr(connectors.AsyncConnector, "_fetch", staticmethod(fetch))
     async with AsyncKakunin(local.database.dsn("registrar"), keys=local.keys) as client:
         agent = await client.agents.create("x")
         with local.database.connect("installer") as held:
@@ -2139,6 +2173,8 @@ async def test_cancelled_while_the_database_registers(local: Place) -> None:
                     waits = "usename = 'registrar' and wait_event_type = 'Lock'"
                     asked = f"select from pg_stat_activity where {waits}"
                     await until(lambda: watching.execute(asked).fetchall())
+                task.cancel()
+                await until(looking.is_set)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,17 @@ def servers_below(folder: Path) -> list[str]:
     return [line for line in listing.splitlines() if str(folder) in line]
 
 
-def test_the_demo_runs_twice_and_leaves_nothing(tmp_path: Path) -> None:
-    # The server's account must reach its data below this folder.
-    for folder in [tmp_path, *tmp_path.parents[:2]]:
-        folder.chmod(0o755)
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """The server's account must reach its data below this, and its socket's path be short."""
+    with tempfile.TemporaryDirectory(prefix="kkdemo-", dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_the_demo_runs_twice_and_leaves_nothing(folder: Path) -> None:
     for _ in range(2):
-        output = run_demo(tmp_path)
+        output = run_demo(folder)
         # The demo checks every step itself; these are the refusals it shows.
         assert [f"KA{state[:3]}" for state in output.split("ERROR KA")[1:]] == [
             "KA010",
@@ -44,5 +51,5 @@ def test_the_demo_runs_twice_and_leaves_nothing(tmp_path: Path) -> None:
             "KA002",
         ]
         assert "Verified OK" in output
-        assert servers_below(tmp_path) == []
-        assert [p.name for p in tmp_path.iterdir() if p.name.startswith("kakunin-")] == []
+        assert servers_below(folder) == []
+        assert [p.name for p in folder.iterdir() if p.name.startswith("kakunin-")] == []

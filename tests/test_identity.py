@@ -608,7 +608,7 @@ def test_a_certificate_that_says_otherwise_is_revoked(
 ) -> None:
     agent_id = new_agent(database, tenant="t", model="m", model_hash=HASH)
     says = {"tenant": "t", "model": "m", "model_hash": HASH}
-    issued, revoked = issue(agent_id, **says), issue(agent_id, **says)
+    revoked, issued = issue(agent_id, **says), issue(agent_id, **says)
     database.register(revoked)
     database.run("operator", REVOKE, [revoked.serial])
     database.register(issued)
@@ -837,7 +837,7 @@ def test_an_unknown_agent_is_refused(database: Database, call: str, agent_id: uu
 # Validity -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def clock(cluster: Any) -> Iterator[tuple[Database, Callable[[dt.datetime], None]]]:
     """A database whose time stands where the test puts it."""
     with fresh_database(cluster) as database:
@@ -862,6 +862,7 @@ TICK = dt.timedelta(microseconds=1)
 def test_a_certificate_is_good_from_its_first_moment_to_its_last(clock: Any) -> None:
     database, set_clock = clock
     start, end = NOW + 1000 * DAY, NOW + 1090 * DAY
+    set_clock(NOW)
     issued = for_new_agent(database, not_before=start, lifetime=end - start)
     database.register(issued)
     expected = {start - TICK: "KA003", start: "yes", start + TICK: "yes", end: "yes", end + TICK: "KA003"}
@@ -873,6 +874,7 @@ def test_a_certificate_is_good_from_its_first_moment_to_its_last(clock: Any) -> 
 def test_g3_validity_and_revocation_reach_an_open_session_at_its_next_statement(clock: Any) -> None:
     database, set_clock = clock
     start, end = NOW + 1000 * DAY, NOW + 1090 * DAY
+    set_clock(NOW)
     issued = for_new_agent(database, not_before=start, lifetime=end - start, permitted_actions=["vault:read"])
     serial, agent_id = issued.serial, issued.agent_id
     database.register(issued)
@@ -1013,7 +1015,7 @@ def test_openssl_verifies_a_certificate_against_its_authority_and_no_other(tmp_p
     agent = _any_signer()
     lifetime = dt.timedelta(days=1)
     below = CertificateAuthority(agent, issue().certificate).issue(
-        uuid.uuid4(), agent.public_key(), lifetime=lifetime
+        uuid.uuid4(), impostor.signer.public_key(), lifetime=lifetime
     )
     assert not verifies("-CAfile", root, "-untrusted", leaf, pem(tmp_path, "below.pem", below.certificate))
 

@@ -74,6 +74,8 @@ from forge import (
     utf8,
 )
 
+from kakunin_db.resources import install_sql
+
 SEED = int(os.environ.get("KAKUNIN_TEST_SEED", "61411"))
 CERTIFICATES = 1700
 SECOND = dt.timedelta(seconds=1)
@@ -209,6 +211,7 @@ BAD_DER = {
     "oid, part begins with 80": "06032a8001",
     "oid, later part begins with 80": "06052a86488001",
     "oid, part begins with 80 after 81 00": "06052a81008001",
+    "oid, part begins with 80 after 7f": "06042a7f8001",
     "oid cut off": "06022a86",
     "oid cut off, one byte": "0601ff",
     "17 levels": sequence(sequence(DEEP)).hex(),
@@ -1305,7 +1308,7 @@ CHANGES: dict[str, list[Change]] = {
         put_field(2, sequence()),
         signature(lambda s: s + b"\0"), signature(lambda s: s[:-1]), signature(lambda s: b"\0"),
         signature(lambda s: b"\0" + s),
-        signature(lambda s: b"\1" + s[1:]), signature(lambda s: b"\0" + bytes(256)),
+        signature(lambda s: b"\1" + s[1:-1] + bytes([s[-1] & 0xFE])), signature(lambda s: b"\0" + bytes(256)),
         signature(lambda s: b"\0" + s[:0:-1]),
         signature(lambda s: b"\0" + b"\xff" * 256),
     ],
@@ -1628,6 +1631,64 @@ def test_hostile_shapes_are_refused_soon(registrar: Registrar) -> None:
     found = registrar(ders)
     refused(found, ders)
     assert max(f.took for f in found) < 0.5
+
+
+def test_what_comes_out_of_a_table_is_read_as_fast(owner: psycopg.Connection[Any]) -> None:
+    """Not decompressed again for each byte that is looked at: that would take a minute here."""
+    der = sequence(*(sequence(tlv(2, number(n)), tlv(4, b"abcd")) for n in range(30000)))
+    owner.execute("create temp table given (der bytea)")
+    owner.execute("insert into given values (%s)", [der])
+    compressed = owner.execute("select pg_column_size(der) from given").fetchone()
+    assert compressed
+    assert compressed[0] < len(der) // 2
+    owner.execute("select kakunin_private.der_check(der) from given")  # or statement_timeout ends it
+
+
+ENCODED: dict[str, Change] = {
+    "as it is": extension("1.2.3.4", b""),
+    "a tenant": extension(TENANT, utf8("\u65e5\u672c")),
+    "a model": extension(MODEL, sequence(utf8("\u65e5"), utf8(HASH))),
+    "an action": extension(ACTIONS, sequence(utf8("\u65e5"))),
+    "an agent": extension(URN, utf8("urn:kakunin:agent:\u65e5")),
+    **{scope: extension(SCOPE, utf8(scope)) for scope in (
+        '{"a": "\u65e5"}', '{"a": "\\u65e5"}', '{"a": "\\u00e9"}', '{"a": "\\ud83d\\ude00"}',
+        '{"a": "\\u0000"}',
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_in_another_encoding_refuses_what_it_cannot_hold(cluster: Cluster, encoding: str) -> None:
+    called = f"in_{encoding.lower()}"
+    with cluster.connect(autocommit=True) as admin:
+        admin.execute(
+            f"create database {called} encoding '{encoding}' lc_collate 'C' lc_ctype 'C' template template0"
+        )
+        admin.execute(f"grant create on database {called} to installer")
+    database = Database(cluster, called)
+    states = {}
+    with database.connect(
+        "installer", client_encoding="UTF8" if encoding == "LATIN1" else "SQL_ASCII"
+    ) as owner:
+        owner.execute(install_sql().encode("ascii", "ignore"))
+        owner.execute("select kakunin.trust_ca(%s)", [world().authorities["root"].certificate])
+        for what, change in ENCODED.items():
+            found = owner.execute("select kakunin.create_agent('x')").fetchone()
+            assert found
+            made = certified(world().authorities["root"], found[0])
+            change(made, Agent(found[0]), random.Random(SEED))
+            try:
+                with owner.transaction():
+                    owner.execute("select kakunin.register_certificate(%s)", [made.der])
+                states[what] = "registered"
+            except psycopg.Error as error:
+                states[what] = error.sqlstate or "?"
+        owner.rollback()
+    with cluster.connect(autocommit=True) as admin:
+        admin.execute(f"drop database {called}")
+    assert states["as it is"] == "registered"
+    assert set(states.values()) == {"registered", REFUSED}
+    assert Counter(states.values())["registered"] == (2 if encoding == "LATIN1" else 3)
 
 
 def test_null_is_refused(judged: Database) -> None:

@@ -221,6 +221,9 @@ class Agents(_Resource):
         """Signs a message with the agent's key out of the key store. An agent that has its own signer uses
         :meth:`AgentCredential.sign`.
 
+        The key of the authority that certified the agent has to be in its store too: that it signed the
+        certificate is how the client knows which key is the agent's, whatever the database says.
+
         :raises AgentSuspendedError, UnknownCertificateError: it has no certificate that it may use.
         :raises BadInputError: the payload could be a session assertion, or a certificate to be signed."""
         return self._run(ops.sign(self._setup, agent_id, payload))

@@ -189,4 +189,4 @@ def _ours(error: BaseException) -> BaseException:
 
 def _in_transaction(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
     outside = (TransactionStatus.IDLE, TransactionStatus.UNKNOWN)  # the latter when it has ended
-    return not connection.autocommit or connection.info.transaction_status not in outside
+    return connection.info.transaction_status not in outside

@@ -514,9 +514,7 @@ def _active(agent_id: AgentId) -> Steps[Certificate]:
     return present
 
 
-def _certificate_of(
-    agent_id: uuid.UUID, present: Certificate, ca: CertificateAuthority
-) -> AgentCertificate:
+def _certificate_of(agent_id: uuid.UUID, present: Certificate, ca: CertificateAuthority) -> AgentCertificate:
     """What the row holds, if it is the agent's certificate, still valid, and signed by this authority."""
     try:
         found = AgentCertificate.from_der(present.der)

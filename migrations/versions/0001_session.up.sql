@@ -1282,8 +1282,9 @@ begin
   end if;
   return v_scope;
 exception
-  -- no JSON, a number or a text jsonb cannot hold, nested too deep
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range or program_limit_exceeded then
+  -- no JSON, a number or a text jsonb cannot hold, nested too deep; an escape that 15 cannot convert to this encoding
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range or program_limit_exceeded
+    or feature_not_supported then
     perform kakunin_private.refuse('the financial scope', 'it is not JSON that this database can hold');
     return null;
 end
