@@ -1623,11 +1623,9 @@ def test_an_authoritys_key_is_not_taken_for_an_agents(
 def test_another_agents_key_is_not_taken_for_an_agents(client: Opener, tampered: Tampered) -> None:
     other = client("registrar").agents.create("other", tenant="acme")
     theirs = client("registrar").agents.certify(other.agent_id)
-    with_their_key = wide(
-        false_ca(), tampered.agent, public_key=AgentCertificate.from_der(theirs.der).public_key
-    )
-    for der in (theirs.der, with_their_key.der):
-        tampered.edit(der, serial=tampered.certificate.serial_number)
+    forged = wide(false_ca(), tampered.agent, public_key=AgentCertificate.from_der(theirs.der).public_key)
+    for der, serial in ((theirs.der, tampered.certificate.serial_number), (forged.der, forged.serial)):
+        tampered.edit(der, serial=serial)
         with pytest.raises(BadInputError, match="is not what its authority signed"):
             client("registrar").agents.sign(tampered.agent.agent_id, "x")
 

@@ -458,7 +458,9 @@ def test_of_two_rotations_at_once_the_second_supersedes_the_first(kit: Database)
 @pytest.mark.parametrize("overlap", [None, "1 hour"])
 def test_many_registrations_at_once_leave_one_active(kit: Database, overlap: str | None) -> None:
     agent_id = kit.value("registrar", "select kakunin.create_agent('many')")
-    issued = [_ca().issue(agent_id, signer("agents").public_key()) for _ in range(6)]
+    # All from one second: a certificate is not registered after another one that begins later.
+    start = _ca().certificate.not_valid_before_utc
+    issued = [_ca().issue(agent_id, signer("agents").public_key(), not_before=start) for _ in range(6)]
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(kit.connect("registrar", autocommit=True)) for _ in issued]
         threads = [Meanwhile(s, REGISTER, [i.der, overlap]) for s, i in zip(sessions, issued, strict=True)]
