@@ -931,6 +931,10 @@ def extension(dotted: str, value: Any, critical: bool = False) -> Change:
     return lambda c, a, r: c.put(dotted, value(a) if callable(value) else value, critical)
 
 
+def by_hand(dotted: str, value: bytes) -> Change:
+    return extension(dotted, value, dotted in (BASIC, USAGE))
+
+
 def signed_by(called: str) -> Change:
     def change(c: Certificate, _a: Agent, _r: random.Random) -> None:
         c.issuer = world().authorities[called]
@@ -1106,14 +1110,43 @@ CHANGES: dict[str, list[Change]] = {
         extension(BASIC, None), extension(BASIC, x509.BasicConstraints(False, None)),
         *(extension(BASIC, x509.BasicConstraints(True, n), True) for n in (None, 0, 3)),
         extension(BASIC, x509.BasicConstraints(True, None)),
+        *(
+            by_hand(BASIC, raw)
+            for raw in (
+                b"", b"\x30\0", sequence(b"\1\1\0"), sequence(b"\2\1\0"), sequence(b"\1\1\0", b"\2\1\0"),
+                b"\5\0",
+                sequence(b"\1\1\xff", b"\2\1\xff"), sequence(b"\1\1\xff", b"\2\1\0", b"\5\0"), b"\x31\0",
+                sequence(b"\5\0"),
+            )
+        ),
     ],
-    "keyUsage": [key_usage] * 6 + [extension(USAGE, None)],
+    "keyUsage": [
+        *[key_usage] * 6, extension(USAGE, None), by_hand(USAGE, b"\3\2\7\x80"),
+        by_hand(USAGE, b"\3\3\7\x88\x80"),
+        *(
+            by_hand(USAGE, raw)
+            for raw in (
+                b"", b"\3\1\0", b"\3\2\0\x80", b"\3\2\6\x80", b"\3\3\7\x80\0", b"\3\3\6\x80\x40",
+                b"\3\3\0\x80\1",
+                b"\3\4\7\x80\0\x80", b"\4\2\7\x80", b"\3\2\7\x80\0", b"\x23\4\3\2\7\x80",
+            )
+        ),
+    ],
     "extKeyUsage": [
         extension(EXTENDED, None), extension(EXTENDED, x509.ExtendedKeyUsage([SERVER])),
         extension(EXTENDED, x509.ExtendedKeyUsage([ANY_USE])),
         extension(EXTENDED, x509.ExtendedKeyUsage([SERVER, CLIENT])),
         extension(EXTENDED, x509.ExtendedKeyUsage([CLIENT]), True),
         extension(EXTENDED, x509.ExtendedKeyUsage([ObjectIdentifier("1.3.6.1.5.5.7.3.2.1")]), True),
+        *(
+            by_hand(EXTENDED, raw)
+            for raw in (
+                b"", b"\x30\0", oid(CLIENT.dotted_string), tlv(0x31, oid(CLIENT.dotted_string)),
+                sequence(oid(CLIENT.dotted_string), b"\5\0"), sequence(b"\2\1\1", oid(CLIENT.dotted_string)),
+                sequence(oid(CLIENT.dotted_string)) * 2,
+                sequence(oid(CLIENT.dotted_string), oid(CLIENT.dotted_string)),
+            )
+        ),
     ],
     "subjectAltName": [
         extension(ALTERNATIVE, None), alternative(urn_of), alternative(uri("urn:kakunin:agent:x")),
@@ -1123,16 +1156,46 @@ CHANGES: dict[str, list[Change]] = {
         alternative(x509.RFC822Name("a@a.example"), urn_of), alternative(x509.DirectoryName(name("x"))),
         alternative(x509.RegisteredID(ObjectIdentifier("1.2.3")), urn_of), alternative(urn_of, urn_of),
         alternative(x509.OtherName(ObjectIdentifier("1.2.3"), utf8("x"))),
+        *(
+            by_hand(ALTERNATIVE, raw)
+            for raw in (
+                b"", b"\x30\0", b"\5\0", sequence(b"\5\0"), sequence(tlv(0xA3, b"\5\0")),
+                sequence(tlv(0xA5, b"\5\0")),
+                sequence(tlv(0xA6, tlv(0x86, b"x"))), sequence(tlv(0x86, b"")), sequence(tlv(0x86, b"\xff")),
+                sequence(tlv(0x89, b"x")), tlv(0x31, tlv(0x82, b"x")), sequence(tlv(0x16, b"x")),
+            )
+        ),
     ],
     "authorityKeyIdentifier": [
         extension(AUTHORITY_ID, None),
         authority_id(key_identifier=None, authority_cert_issuer=[ROOT_NAME], authority_cert_serial_number=1),
         authority_id(authority_cert_issuer=[ROOT_NAME], authority_cert_serial_number=1), authority_id(),
         *(authority_id(key_identifier=k) for k in (b"", b"\1", bytes(20), bytes(33), b"\xff" * 200)),
+        by_hand(AUTHORITY_ID, b""), by_hand(AUTHORITY_ID, b"\5\0"), by_hand(AUTHORITY_ID, b"\x30\0"),
+        *(
+            lambda c, a, r, more=more: c.put(
+                AUTHORITY_ID, sequence(*(m or tlv(0x80, c.issuer.key_id or b"") for m in more))
+            )
+            for more in (
+                (None, b"\x82\1\1"), (None, tlv(0xA1, b"\x82\1x")), (b"\x82\1\1", None), (None, None),
+                (None, tlv(0xA1, b"\x82\1x"), b"\x82\1\1"), (None, b"\x82\1\1", tlv(0xA1, b"\x82\1x")),
+                (None, tlv(0xA1, b"\x82\1x"), b"\x82\1\1", b"\5\0"), (None, b"\5\0"),
+            )
+        ),
+        lambda c, a, r: c.put(AUTHORITY_ID, sequence(tlv(0xA0, tlv(4, c.issuer.key_id or b"")))),
+        lambda c, a, r: c.put(AUTHORITY_ID, sequence(tlv(4, c.issuer.key_id or b""))),
+        lambda c, a, r: c.put(AUTHORITY_ID, tlv(4, c.issuer.key_id or b"")),
     ],
     "subjectKeyIdentifier": [
         *(extension(SUBJECT_ID, x509.SubjectKeyIdentifier(bytes(n))) for n in (0, 1, 7, 8, 20, 32, 33)),
         extension(SUBJECT_ID, x509.SubjectKeyIdentifier(bytes(20)), True),
+        *(
+            by_hand(SUBJECT_ID, raw)
+            for raw in (
+                b"", b"\4\0", tlv(3, bytes(21)), sequence(tlv(4, bytes(20))), tlv(4, bytes(20)) + b"\0",
+                bytes(20),
+            )
+        ),
         lambda c, a, r: c.put(SUBJECT_ID, x509.SubjectKeyIdentifier(c.issuer.key_id or b"")),
     ],
     "names": [
