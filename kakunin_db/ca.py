@@ -56,6 +56,11 @@ def agent_urn(agent_id: uuid.UUID) -> str:
     return f"urn:kakunin:agent:{agent_id}"
 
 
+def ledger_urn(installation: uuid.UUID) -> str:
+    """``urn:kakunin:ledger:<uuid>``, the name in the certificate of the key that signs its tree heads."""
+    return f"urn:kakunin:ledger:{installation}"
+
+
 def _der(tag: int, content: bytes) -> bytes:
     """One DER element with a definite length (X.690 section 8.1)."""
     size = len(content)
@@ -354,6 +359,41 @@ class CertificateAuthority:
                 "Permit fewer actions, as trade:* for all of trade.",
             )
         return issued
+
+    def issue_ledger_key(
+        self, installation: uuid.UUID, public_key: rsa.RSAPublicKey, *, lifetime: dt.timedelta | None = None
+    ) -> x509.Certificate:
+        """A certificate for the key that signs the tree heads of an installation's ledger, valid for
+        ``lifetime`` (default: 5 years, or what the authority has left). Its alternative name is
+        :func:`ledger_urn`, and it is good for nothing else.
+
+        :raises BadInputError: for what the database would not register.
+        :raises SignerError: the authority's key could not sign.
+        """
+        check_rsa_key(public_key)
+        if public_key == self.signer.public_key():
+            raise BadInputError("the ledger's key is not its authority's", "Make one for the ledger.")
+        start = self._start(dt.datetime.now(dt.timezone.utc))
+        end = start + (lifetime or 1826 * ONE_DAY)
+        if lifetime is None:
+            end = min(end, self.certificate.not_valid_after_utc)
+        if not start < end <= self.certificate.not_valid_after_utc:
+            raise BadInputError("it would outlive its issuer's certificate", "Ask for a shorter lifetime.")
+        urn = ledger_urn(installation)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"ledger {installation}")]))
+            .issuer_name(self.certificate.subject)
+            .public_key(public_key)
+            .serial_number(_random_serial())
+            .not_valid_before(start)
+            .not_valid_after(end)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(ca=False), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(urn)]), critical=False)
+        )
+        return self._point_back(builder).sign(_SigningKey(self.signer), hashes.SHA256())
 
     def revocation_list(
         self, revocations: Iterable[Revocation], number: int, *, lifetime: dt.timedelta = 7 * ONE_DAY

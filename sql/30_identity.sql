@@ -329,8 +329,9 @@ begin
     perform kakunin_private.refuse(c_what, 'its extKeyUsage does not have clientAuth');
   end if;
   if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_ca.modulus and a.key_id <> v_ca.key_id)
-    or exists (select from kakunin_private.certificates c where c.public_key_modulus = v_ca.modulus) then
-    perform kakunin_private.refuse(c_what, 'its key is that of another authority here, or of an agent');
+    or exists (select from kakunin_private.certificates c where c.public_key_modulus = v_ca.modulus)
+    or exists (select from kakunin_private.ledger_keys k where k.public_key_modulus = v_ca.modulus) then
+    perform kakunin_private.refuse(c_what, 'its key is that of another authority here, of an agent or of the ledger');
   end if;
   v_length := v_ca.path_length;
   if v_ca.subject = v_ca.issuer then
@@ -363,6 +364,8 @@ begin
       format('key id %s is that of another authority here, or of one no longer trusted', v_ca.key_id),
       'Distrust is final. Make an authority with a new key.');
   end if;
+  perform kakunin_private.record('authority.trusted', null, jsonb_build_object(
+    'key_id', v_ca.key_id, 'serial', v_ca.serial, 'sha256', encode(sha256(trust_ca.der), 'hex')));
   return v_ca.key_id;
 end
 $$;
@@ -393,6 +396,9 @@ begin
       then kakunin_private.check_text('a model''s version', create_agent.model_version, 200) end,
     kakunin_private.check_model_hash(create_agent.model_hash))
   returning agent_id into v_agent_id;
+  perform kakunin_private.record('agent.created', v_agent_id, jsonb_build_object(
+    'name', create_agent.name, 'tenant', create_agent.tenant, 'model', create_agent.model,
+    'model_version', create_agent.model_version, 'model_hash', lower(create_agent.model_hash)));
   return v_agent_id;
 end
 $$;
@@ -432,6 +438,9 @@ begin
      and ((v_hash is not null and c.model_hash is distinct from v_hash)
           or (update_agent.model is not null and c.model is distinct from update_agent.model)
           or (update_agent.tenant is not null and c.tenant is distinct from update_agent.tenant));
+  perform kakunin_private.record('agent.updated', update_agent.agent_id, jsonb_strip_nulls(jsonb_build_object(
+    'name', update_agent.name, 'tenant', update_agent.tenant, 'model', update_agent.model,
+    'model_version', update_agent.model_version, 'model_hash', v_hash)));
   perform kakunin_private.revoke(v_serials, 'affiliationChanged');
   return jsonb_build_object(
     'agent_id', update_agent.agent_id,
@@ -604,8 +613,9 @@ begin
   end if;
   if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_read.modulus)
     or exists (select from kakunin_private.certificates c
-                where c.public_key_modulus = v_read.modulus and c.revocation_reason = 'keyCompromise') then
-    perform kakunin_private.refuse(c_what, 'its key is an authority''s, or one that was compromised', 'Make a new key.');
+                where c.public_key_modulus = v_read.modulus and c.revocation_reason = 'keyCompromise')
+    or exists (select from kakunin_private.ledger_keys k where k.public_key_modulus = v_read.modulus) then
+    perform kakunin_private.refuse(c_what, 'its key is an authority''s, or the ledger''s, or one that was compromised', 'Make a new key.');
   end if;
   insert into kakunin_private.certificates
     (serial, agent_id, issuer_key_id, der, public_key_modulus, not_before, not_after,
@@ -617,6 +627,9 @@ begin
   if not found then
     perform kakunin_private.refuse(c_what, format('serial %s is registered already', v_read.serial), c_once);
   end if;
+  perform kakunin_private.record('certificate.issued', v_agent.agent_id, jsonb_build_object(
+    'serial', v_read.serial, 'sha256', encode(sha256(register_certificate.der), 'hex'), 'issuer_key_id', v_issuer.key_id,
+    'not_after', kakunin_private.rfc3339(v_read.not_after)));
   if v_active is not null then
     perform kakunin_private.revoke(
       array[v_active], 'superseded', greatest(v_now, v_read.not_before) + make_interval(secs => v_overlap));

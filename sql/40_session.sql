@@ -178,6 +178,7 @@ begin
      set valid_until = least(coalesce(k.valid_until, 'infinity'), v_now + rotate_session_key.grace);
   perform kakunin_private.stop('key ' || k.key_id) from kakunin_private.session_keys k where k.valid_until <= v_now;
   perform kakunin_private.new_session_key();
+  perform kakunin_private.record('key.rotated', null, jsonb_build_object('key', 'session', 'grace', rotate_session_key.grace::text));
 end
 $$;
 comment on function kakunin.rotate_session_key(interval) is
@@ -186,9 +187,13 @@ comment on function kakunin.rotate_session_key(interval) is
 create function kakunin.renew_installation() returns uuid
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_before constant uuid := kakunin.installation_id();
 begin
   update kakunin_private.installation set installation_id = gen_random_uuid();
   perform kakunin.rotate_session_key('0');
+  perform kakunin_private.reseal();
+  perform kakunin_private.record('installation.renewed', null, jsonb_build_object('before', v_before));
   return kakunin.installation_id();
 end
 $$;
@@ -210,6 +215,7 @@ begin
   end if;
   delete from kakunin_private.gateway_logins;
   insert into kakunin_private.gateway_logins select distinct l from unnest(set_gateway_logins.logins) l;
+  perform kakunin_private.record('settings.changed', null, jsonb_build_object('gateway_logins', to_jsonb(set_gateway_logins.logins)));
 end
 $$;
 comment on function kakunin.set_gateway_logins(name[]) is

@@ -55,6 +55,9 @@ begin
   select coalesce(array_agg(r.serial order by r.serial), '{}') into v_serials from revoked r;
   foreach v_serial in array v_serials loop
     perform kakunin_private.stop(case when v_at > v_now then 'end ' else '' end || v_serial);
+    perform kakunin_private.record('certificate.revoked', c.agent_id, jsonb_build_object(
+              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at)))
+       from kakunin_private.certificates c where c.serial = v_serial;
   end loop;
   return v_serials;
 end
@@ -92,6 +95,7 @@ begin
            a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
+  perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
 end
 $$;
 comment on function kakunin.suspend_agent(uuid, text) is
@@ -106,6 +110,7 @@ begin
      set suspended_at = null, suspended_reason = null
    where a.agent_id = reinstate_agent.agent_id;
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
+  perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
@@ -143,6 +148,8 @@ begin
   select array_agg(c.serial) into v_serials
     from kakunin_private.certificates c join below b on b.key_id = c.issuer_key_id
    where distrust_ca.reason in ('keyCompromise', 'cACompromise');
+  perform kakunin_private.record('authority.distrusted', null, jsonb_build_object(
+    'key_id', distrust_ca.key_id, 'reason', distrust_ca.reason));
   return kakunin_private.revoke(coalesce(v_serials, '{}'), 'cACompromise');
 end
 $$;
@@ -230,6 +237,8 @@ begin
     || ',"type":"kakunin.halt"}';
   insert into kakunin_private.halts (halt_id, agent_id, reason, serials, halted_at, halted_by, receipt)
   values (v_halt_id, halt_agent.agent_id, halt_agent.reason, v_serials, v_now, session_user, v_receipt);
+  perform kakunin_private.record('agent.halted', halt_agent.agent_id, jsonb_build_object(
+    'halt_id', v_halt_id, 'reason', halt_agent.reason, 'certificates', to_jsonb(v_serials)));
   if halt_agent.terminate then
     select t.p_ended, t.p_others into v_ended, v_others from kakunin_private.terminate(v_all, v_ended) t;
   end if;
@@ -269,6 +278,10 @@ begin
   update kakunin_private.halts h
      set key_id = sign_halt.key_id, signature = sign_halt.signature, signed_at = kakunin_private.clock()
    where h.halt_id = sign_halt.halt_id and h.signature is null;
+  if found then
+    perform kakunin_private.record('halt.signed', v_halt.agent_id, jsonb_build_object(
+      'halt_id', sign_halt.halt_id, 'key_id', sign_halt.key_id, 'signature', encode(sign_halt.signature, 'hex')));
+  end if;
 end
 $$;
 comment on function kakunin.sign_halt(uuid, text, bytea) is
@@ -312,7 +325,11 @@ begin
     select a.serial, a.distrusted_at, a.distrust_reason
       from kakunin_private.authorities a
      where a.issuer_key_id = revocations.key_id collate "C" and a.issuer_key_id <> a.key_id
-       and a.distrusted_at is not null and a.not_after > v_since;
+       and a.distrusted_at is not null and a.not_after > v_since
+    union all
+    select k.serial, k.revoked_at, k.revocation_reason
+      from kakunin_private.ledger_keys k
+     where k.issuer_key_id = revocations.key_id collate "C" and k.revoked_at is not null and k.not_after > v_since;
 end
 $$;
 comment on function kakunin.revocations(text) is
@@ -452,6 +469,8 @@ begin
   on conflict on constraint crls_pkey do update
     set number = excluded.number, this_update = excluded.this_update, next_update = excluded.next_update,
         serials = excluded.serials, der = excluded.der, published_at = excluded.published_at, published_by = excluded.published_by;
+  perform kakunin_private.record('crl.published', null, jsonb_build_object(
+    'key_id', v_authority.key_id, 'number', v_number, 'sha256', encode(sha256(publish_crl.der), 'hex')));
   return v_number;
 end
 $$;

@@ -12,10 +12,117 @@
 -- policies, because a query that names a child goes by the child's policies and not by the parent's.
 -- Run protect() again after adding a partition.
 --
+-- With audit, triggers put every statement that changed rows of the table into the ledger, in the same transaction, as
+-- the bound agent's or, without a binding, with the login alone.
+--
 -- Row security does not cover everything that can be granted. TRUNCATE ignores it, TRIGGER lets the
 -- grantee run code on other agents' rows, REFERENCES lets a foreign key probe for them, and MAINTAIN (from
 -- 17) lets it lock them away: protect() takes these from the roles it lets in, and unprotect() does not
 -- give them back.
+
+-- Runs as the owner of the kit, so nothing in it may run code of the table's owner: keys are written by their types'
+-- output functions, which only a superuser can make, and not by casts, which anybody can.
+create function kakunin.record_changes() returns trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial   text collate "C" := kakunin.current_cert_serial();
+  v_agent_id uuid;
+  v_rows     bigint;
+  v_keys     jsonb;
+  v_metadata jsonb := jsonb_build_object(
+    'table', format('%I.%I', tg_table_schema, tg_table_name), 'operation', tg_op);
+begin
+  if tg_op <> 'TRUNCATE' then
+    select count(*) into v_rows from kakunin_rows;
+    if v_rows = 0 then
+      return null;
+    end if;
+    v_metadata := v_metadata || jsonb_build_object('rows', v_rows);
+    if tg_nargs > 0 then
+      -- A hundred of them, and those shortened: an entry has its limit, and a statement must not fail by it.
+      execute format('select jsonb_agg(k.key) from (select jsonb_build_array(%s) as key from kakunin_rows r limit 100) k',
+        (select string_agg(format('left(format(''%%s'', r.%I), 100)', tg_argv[i]), ', ' order by i) from generate_series(0, tg_nargs - 1) i))
+        into v_keys;
+      v_metadata := v_metadata || jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0));
+    end if;
+  end if;
+  select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  perform kakunin_private.append(
+    'table.' || lower(tg_op), v_agent_id, v_serial, null, v_metadata::text, coalesce(v_agent_id, '00000000-0000-0000-0000-000000000000'));
+  return null;
+end
+$$;
+comment on function kakunin.record_changes() is
+  'Trigger of protect(..., audit => true): an entry of the ledger for each statement that changed rows';
+
+create function kakunin.audit_changes(target regclass, audit boolean, keys boolean) returns void
+language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_event     text;
+  v_arguments text := '';
+begin
+  foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
+    if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = 'kakunin_audit_' || v_event) then
+      execute format('drop trigger %I on %s', 'kakunin_audit_' || v_event, target);
+    end if;
+  end loop;
+  if not audit then
+    return;
+  end if;
+  if keys then
+    select string_agg(quote_literal(a.attname), ', ' order by array_position(x.indkey::smallint[], a.attnum)) into v_arguments
+      from pg_index x join pg_attribute a on a.attrelid = x.indrelid and a.attnum = any (x.indkey::smallint[])
+     where x.indrelid = target and x.indisprimary;
+    if v_arguments is null then
+      raise exception using errcode = 'KA010',
+        message = format('%s has no primary key, so there are no keys to record', target),
+        hint = 'Add one, or leave audit_keys away: the number of rows is recorded.';
+    end if;
+  end if;
+  foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
+    execute format('create trigger %I after %s on %s %s for each statement execute function kakunin.record_changes(%s)',
+      'kakunin_audit_' || v_event, v_event, target,
+      case v_event when 'truncate' then '' when 'delete' then 'referencing old table as kakunin_rows'
+        else 'referencing new table as kakunin_rows' end,
+      v_arguments);
+    execute format('comment on trigger %I on %s is %L', 'kakunin_audit_' || v_event, target,
+      'Written by kakunin.protect(audit => true): changes are entries of the ledger');
+  end loop;
+end
+$$;
+comment on function kakunin.audit_changes(regclass, boolean, boolean) is
+  'What protect() calls: puts the triggers of audit on a table, or takes them away. For the table''s owner';
+
+-- Says what the catalog says, whatever its caller would have it say.
+create function kakunin.record_policy(target regclass) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table    record;
+  v_policies jsonb;
+begin
+  select format('%I.%I', n.nspname, c.relname) as name, c.relrowsecurity, c.relforcerowsecurity,
+         exists (select from pg_trigger t where t.tgrelid = c.oid and t.tgfoid = 'kakunin.record_changes'::regproc) as audit
+    into v_table
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
+  if not found then
+    raise exception using errcode = 'KA010', message = 'record_policy() needs a table';
+  end if;
+  -- The first hundred: an entry is not to grow with what somebody else made.
+  select coalesce(jsonb_object_agg(p.polname, jsonb_build_object(
+           'permissive', p.polpermissive, 'using', left(pg_get_expr(p.polqual, p.polrelid), 500),
+           'check', left(pg_get_expr(p.polwithcheck, p.polrelid), 500))), '{}') into v_policies
+    from (select * from pg_policy y where y.polrelid = target order by y.polname limit 100) p;
+  perform kakunin_private.record(
+    case when v_table.relrowsecurity and v_policies ? 'kakunin_isolation' then 'policy.protected' else 'policy.unprotected' end,
+    null, jsonb_build_object('table', v_table.name, 'row_security', v_table.relrowsecurity, 'forced', v_table.relforcerowsecurity,
+      'audit', v_table.audit, 'policies', v_policies));
+end
+$$;
+comment on function kakunin.record_policy(regclass) is
+  'What protect() and unprotect() call: an entry of the ledger that says how row security stands on a table';
 
 create function kakunin.protect(
   target regclass,
@@ -23,7 +130,9 @@ create function kakunin.protect(
   roles name[] default '{kakunin_agent,kakunin_gateway}',
   write_scope text default null,
   force boolean default false,
-  keep_policies boolean default false
+  keep_policies boolean default false,
+  audit boolean default false,
+  audit_keys boolean default false
 ) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
@@ -40,9 +149,10 @@ declare
   v_grant     record;
   v_policy    name;
 begin
-  if protect.target is null or serial_column is null or protect.force is null or keep_policies is null then
+  if protect.target is null or serial_column is null
+    or num_nulls(protect.force, keep_policies, protect.audit, audit_keys) > 0 then
     raise exception using errcode = 'KA010',
-      message = 'protect() needs a table, a column, and true or false for force and keep_policies';
+      message = 'protect() needs a table, a column, and true or false for force, keep_policies, audit and audit_keys';
   end if;
   select r into v_role from unnest(roles) r
    where r is null or (r <> 'public' and not exists (select from pg_roles p where p.rolname = r)) limit 1;
@@ -140,6 +250,8 @@ begin
     end if;
     execute format('alter table %s enable row level security, %s force row level security',
       v_table.name, case when protect.force then '' else 'no' end);
+    perform kakunin.audit_changes(v_table.name, protect.audit or audit_keys, audit_keys);
+    perform kakunin.record_policy(v_table.name);
 
     -- Everybody who may be an agent and holds one of them, directly, through another role or on a column.
     for v_grant in
@@ -176,8 +288,8 @@ begin
   end loop;
 end
 $$;
-comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
+comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean) is
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access; audit: each statement that changes rows is an entry of the ledger, with the number of rows, and with audit_keys their primary keys. Can be repeated. For the table''s owner';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -210,6 +322,7 @@ begin
     loop
       execute format('drop policy %I on %s', v_policy, v_table.name);
     end loop;
+    perform kakunin.audit_changes(v_table.name, false, false);
     -- Without the comment nobody knows how it stood, and then closed is the safe answer.
     if v_table.forced_before = 'unforced' then
       execute format('alter table %s no force row level security', v_table.name);
@@ -220,6 +333,7 @@ begin
       execute format('alter table %s disable row level security', v_table.name);
       raise notice 'kakunin.unprotect: row security is off on %, so privileges alone decide who reads it', v_table.name;
     end if;
+    perform kakunin.record_policy(v_table.name);
   end loop;
 end
 $$;

@@ -43,12 +43,38 @@ grant execute on function kakunin.crls_due(), kakunin.revocations(text) to
 grant execute on function kakunin.publish_crl(bytea), kakunin.sign_halt(uuid, text, bytea) to
   kakunin_registrar, kakunin_operator, kakunin_worker;
 
+grant execute on function kakunin.audit_log_append(text, jsonb, text) to kakunin_agent, kakunin_gateway;
+grant select on kakunin.audit_log to kakunin_agent, kakunin_gateway, kakunin_auditor;
+grant execute on function kakunin.current_agent_id() to kakunin_auditor;  -- the view calls it, and a view's functions are its reader's to call
+
+-- The worker seals and signs. It reads no entry.
+grant execute on function
+  kakunin.seal_ledger(integer), kakunin.tree_head_to_sign(), kakunin.publish_tree_head(bigint, bigint, text, bytea),
+  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger()
+  to kakunin_worker;
+grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.ledger_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.register_ledger_key(bytea), kakunin.revoke_ledger_key(text, text), kakunin.archive_partition(name)
+  to kakunin_operator;
+
+-- Proof is for whoever asks; what it is about, for the auditor, and an agent for its own.
+grant select on kakunin.ledger_keys, kakunin.tree_heads to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+grant execute on function kakunin.inclusion_proof(bigint, bigint) to kakunin_agent, kakunin_gateway, kakunin_auditor;
+grant select on kakunin.chains to kakunin_auditor;
+grant execute on function
+  kakunin.consistency_proof(bigint, bigint), kakunin.ledger_leaves(bigint, integer), kakunin.frontier(bigint),
+  kakunin.unsealed_entries(), kakunin.stray_entries(), kakunin.record_read(text, jsonb), kakunin.record_export(bigint, bigint, text)
+  to kakunin_auditor;
+
 -- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
--- tables who is no operator is granted the two, and USAGE on schema kakunin, by name.
+-- tables who is no operator is granted the two, the three below them that they call, and USAGE on schema kakunin, by name.
 grant execute on function
   kakunin.trust_ca(bytea), kakunin.distrust_ca(text, text),
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
   kakunin.halt_agent(uuid, text, boolean),
   kakunin.rotate_session_key(interval),
-  kakunin.protect(regclass, name, name[], text, boolean, boolean), kakunin.unprotect(regclass)
+  kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean), kakunin.unprotect(regclass),
+  kakunin.audit_changes(regclass, boolean, boolean), kakunin.record_policy(regclass), kakunin.record_changes()
   to kakunin_operator;

@@ -1141,8 +1141,9 @@ begin
     perform kakunin_private.refuse(c_what, 'its extKeyUsage does not have clientAuth');
   end if;
   if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_ca.modulus and a.key_id <> v_ca.key_id)
-    or exists (select from kakunin_private.certificates c where c.public_key_modulus = v_ca.modulus) then
-    perform kakunin_private.refuse(c_what, 'its key is that of another authority here, or of an agent');
+    or exists (select from kakunin_private.certificates c where c.public_key_modulus = v_ca.modulus)
+    or exists (select from kakunin_private.ledger_keys k where k.public_key_modulus = v_ca.modulus) then
+    perform kakunin_private.refuse(c_what, 'its key is that of another authority here, of an agent or of the ledger');
   end if;
   v_length := v_ca.path_length;
   if v_ca.subject = v_ca.issuer then
@@ -1175,6 +1176,8 @@ begin
       format('key id %s is that of another authority here, or of one no longer trusted', v_ca.key_id),
       'Distrust is final. Make an authority with a new key.');
   end if;
+  perform kakunin_private.record('authority.trusted', null, jsonb_build_object(
+    'key_id', v_ca.key_id, 'serial', v_ca.serial, 'sha256', encode(sha256(trust_ca.der), 'hex')));
   return v_ca.key_id;
 end
 $$;
@@ -1205,6 +1208,9 @@ begin
       then kakunin_private.check_text('a model''s version', create_agent.model_version, 200) end,
     kakunin_private.check_model_hash(create_agent.model_hash))
   returning agent_id into v_agent_id;
+  perform kakunin_private.record('agent.created', v_agent_id, jsonb_build_object(
+    'name', create_agent.name, 'tenant', create_agent.tenant, 'model', create_agent.model,
+    'model_version', create_agent.model_version, 'model_hash', lower(create_agent.model_hash)));
   return v_agent_id;
 end
 $$;
@@ -1244,6 +1250,9 @@ begin
      and ((v_hash is not null and c.model_hash is distinct from v_hash)
           or (update_agent.model is not null and c.model is distinct from update_agent.model)
           or (update_agent.tenant is not null and c.tenant is distinct from update_agent.tenant));
+  perform kakunin_private.record('agent.updated', update_agent.agent_id, jsonb_strip_nulls(jsonb_build_object(
+    'name', update_agent.name, 'tenant', update_agent.tenant, 'model', update_agent.model,
+    'model_version', update_agent.model_version, 'model_hash', v_hash)));
   perform kakunin_private.revoke(v_serials, 'affiliationChanged');
   return jsonb_build_object(
     'agent_id', update_agent.agent_id,
@@ -1416,8 +1425,9 @@ begin
   end if;
   if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_read.modulus)
     or exists (select from kakunin_private.certificates c
-                where c.public_key_modulus = v_read.modulus and c.revocation_reason = 'keyCompromise') then
-    perform kakunin_private.refuse(c_what, 'its key is an authority''s, or one that was compromised', 'Make a new key.');
+                where c.public_key_modulus = v_read.modulus and c.revocation_reason = 'keyCompromise')
+    or exists (select from kakunin_private.ledger_keys k where k.public_key_modulus = v_read.modulus) then
+    perform kakunin_private.refuse(c_what, 'its key is an authority''s, or the ledger''s, or one that was compromised', 'Make a new key.');
   end if;
   insert into kakunin_private.certificates
     (serial, agent_id, issuer_key_id, der, public_key_modulus, not_before, not_after,
@@ -1429,6 +1439,9 @@ begin
   if not found then
     perform kakunin_private.refuse(c_what, format('serial %s is registered already', v_read.serial), c_once);
   end if;
+  perform kakunin_private.record('certificate.issued', v_agent.agent_id, jsonb_build_object(
+    'serial', v_read.serial, 'sha256', encode(sha256(register_certificate.der), 'hex'), 'issuer_key_id', v_issuer.key_id,
+    'not_after', kakunin_private.rfc3339(v_read.not_after)));
   if v_active is not null then
     perform kakunin_private.revoke(
       array[v_active], 'superseded', greatest(v_now, v_read.not_before) + make_interval(secs => v_overlap));
@@ -1720,6 +1733,7 @@ begin
      set valid_until = least(coalesce(k.valid_until, 'infinity'), v_now + rotate_session_key.grace);
   perform kakunin_private.stop('key ' || k.key_id) from kakunin_private.session_keys k where k.valid_until <= v_now;
   perform kakunin_private.new_session_key();
+  perform kakunin_private.record('key.rotated', null, jsonb_build_object('key', 'session', 'grace', rotate_session_key.grace::text));
 end
 $$;
 comment on function kakunin.rotate_session_key(interval) is
@@ -1728,9 +1742,13 @@ comment on function kakunin.rotate_session_key(interval) is
 create function kakunin.renew_installation() returns uuid
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_before constant uuid := kakunin.installation_id();
 begin
   update kakunin_private.installation set installation_id = gen_random_uuid();
   perform kakunin.rotate_session_key('0');
+  perform kakunin_private.reseal();
+  perform kakunin_private.record('installation.renewed', null, jsonb_build_object('before', v_before));
   return kakunin.installation_id();
 end
 $$;
@@ -1752,6 +1770,7 @@ begin
   end if;
   delete from kakunin_private.gateway_logins;
   insert into kakunin_private.gateway_logins select distinct l from unnest(set_gateway_logins.logins) l;
+  perform kakunin_private.record('settings.changed', null, jsonb_build_object('gateway_logins', to_jsonb(set_gateway_logins.logins)));
 end
 $$;
 comment on function kakunin.set_gateway_logins(name[]) is
@@ -2302,6 +2321,9 @@ begin
   select coalesce(array_agg(r.serial order by r.serial), '{}') into v_serials from revoked r;
   foreach v_serial in array v_serials loop
     perform kakunin_private.stop(case when v_at > v_now then 'end ' else '' end || v_serial);
+    perform kakunin_private.record('certificate.revoked', c.agent_id, jsonb_build_object(
+              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at)))
+       from kakunin_private.certificates c where c.serial = v_serial;
   end loop;
   return v_serials;
 end
@@ -2339,6 +2361,7 @@ begin
            a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
+  perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
 end
 $$;
 comment on function kakunin.suspend_agent(uuid, text) is
@@ -2353,6 +2376,7 @@ begin
      set suspended_at = null, suspended_reason = null
    where a.agent_id = reinstate_agent.agent_id;
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
+  perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
@@ -2390,6 +2414,8 @@ begin
   select array_agg(c.serial) into v_serials
     from kakunin_private.certificates c join below b on b.key_id = c.issuer_key_id
    where distrust_ca.reason in ('keyCompromise', 'cACompromise');
+  perform kakunin_private.record('authority.distrusted', null, jsonb_build_object(
+    'key_id', distrust_ca.key_id, 'reason', distrust_ca.reason));
   return kakunin_private.revoke(coalesce(v_serials, '{}'), 'cACompromise');
 end
 $$;
@@ -2477,6 +2503,8 @@ begin
     || ',"type":"kakunin.halt"}';
   insert into kakunin_private.halts (halt_id, agent_id, reason, serials, halted_at, halted_by, receipt)
   values (v_halt_id, halt_agent.agent_id, halt_agent.reason, v_serials, v_now, session_user, v_receipt);
+  perform kakunin_private.record('agent.halted', halt_agent.agent_id, jsonb_build_object(
+    'halt_id', v_halt_id, 'reason', halt_agent.reason, 'certificates', to_jsonb(v_serials)));
   if halt_agent.terminate then
     select t.p_ended, t.p_others into v_ended, v_others from kakunin_private.terminate(v_all, v_ended) t;
   end if;
@@ -2516,6 +2544,10 @@ begin
   update kakunin_private.halts h
      set key_id = sign_halt.key_id, signature = sign_halt.signature, signed_at = kakunin_private.clock()
    where h.halt_id = sign_halt.halt_id and h.signature is null;
+  if found then
+    perform kakunin_private.record('halt.signed', v_halt.agent_id, jsonb_build_object(
+      'halt_id', sign_halt.halt_id, 'key_id', sign_halt.key_id, 'signature', encode(sign_halt.signature, 'hex')));
+  end if;
 end
 $$;
 comment on function kakunin.sign_halt(uuid, text, bytea) is
@@ -2559,7 +2591,11 @@ begin
     select a.serial, a.distrusted_at, a.distrust_reason
       from kakunin_private.authorities a
      where a.issuer_key_id = revocations.key_id collate "C" and a.issuer_key_id <> a.key_id
-       and a.distrusted_at is not null and a.not_after > v_since;
+       and a.distrusted_at is not null and a.not_after > v_since
+    union all
+    select k.serial, k.revoked_at, k.revocation_reason
+      from kakunin_private.ledger_keys k
+     where k.issuer_key_id = revocations.key_id collate "C" and k.revoked_at is not null and k.not_after > v_since;
 end
 $$;
 comment on function kakunin.revocations(text) is
@@ -2699,6 +2735,8 @@ begin
   on conflict on constraint crls_pkey do update
     set number = excluded.number, this_update = excluded.this_update, next_update = excluded.next_update,
         serials = excluded.serials, der = excluded.der, published_at = excluded.published_at, published_by = excluded.published_by;
+  perform kakunin_private.record('crl.published', null, jsonb_build_object(
+    'key_id', v_authority.key_id, 'number', v_number, 'sha256', encode(sha256(publish_crl.der), 'hex')));
   return v_number;
 end
 $$;
@@ -2724,10 +2762,117 @@ comment on view kakunin.crls is 'The newest revocation list of each authority, D
 -- policies, because a query that names a child goes by the child's policies and not by the parent's.
 -- Run protect() again after adding a partition.
 --
+-- With audit, triggers put every statement that changed rows of the table into the ledger, in the same transaction, as
+-- the bound agent's or, without a binding, with the login alone.
+--
 -- Row security does not cover everything that can be granted. TRUNCATE ignores it, TRIGGER lets the
 -- grantee run code on other agents' rows, REFERENCES lets a foreign key probe for them, and MAINTAIN (from
 -- 17) lets it lock them away: protect() takes these from the roles it lets in, and unprotect() does not
 -- give them back.
+
+-- Runs as the owner of the kit, so nothing in it may run code of the table's owner: keys are written by their types'
+-- output functions, which only a superuser can make, and not by casts, which anybody can.
+create function kakunin.record_changes() returns trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial   text collate "C" := kakunin.current_cert_serial();
+  v_agent_id uuid;
+  v_rows     bigint;
+  v_keys     jsonb;
+  v_metadata jsonb := jsonb_build_object(
+    'table', format('%I.%I', tg_table_schema, tg_table_name), 'operation', tg_op);
+begin
+  if tg_op <> 'TRUNCATE' then
+    select count(*) into v_rows from kakunin_rows;
+    if v_rows = 0 then
+      return null;
+    end if;
+    v_metadata := v_metadata || jsonb_build_object('rows', v_rows);
+    if tg_nargs > 0 then
+      -- A hundred of them, and those shortened: an entry has its limit, and a statement must not fail by it.
+      execute format('select jsonb_agg(k.key) from (select jsonb_build_array(%s) as key from kakunin_rows r limit 100) k',
+        (select string_agg(format('left(format(''%%s'', r.%I), 100)', tg_argv[i]), ', ' order by i) from generate_series(0, tg_nargs - 1) i))
+        into v_keys;
+      v_metadata := v_metadata || jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0));
+    end if;
+  end if;
+  select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  perform kakunin_private.append(
+    'table.' || lower(tg_op), v_agent_id, v_serial, null, v_metadata::text, coalesce(v_agent_id, '00000000-0000-0000-0000-000000000000'));
+  return null;
+end
+$$;
+comment on function kakunin.record_changes() is
+  'Trigger of protect(..., audit => true): an entry of the ledger for each statement that changed rows';
+
+create function kakunin.audit_changes(target regclass, audit boolean, keys boolean) returns void
+language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_event     text;
+  v_arguments text := '';
+begin
+  foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
+    if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = 'kakunin_audit_' || v_event) then
+      execute format('drop trigger %I on %s', 'kakunin_audit_' || v_event, target);
+    end if;
+  end loop;
+  if not audit then
+    return;
+  end if;
+  if keys then
+    select string_agg(quote_literal(a.attname), ', ' order by array_position(x.indkey::smallint[], a.attnum)) into v_arguments
+      from pg_index x join pg_attribute a on a.attrelid = x.indrelid and a.attnum = any (x.indkey::smallint[])
+     where x.indrelid = target and x.indisprimary;
+    if v_arguments is null then
+      raise exception using errcode = 'KA010',
+        message = format('%s has no primary key, so there are no keys to record', target),
+        hint = 'Add one, or leave audit_keys away: the number of rows is recorded.';
+    end if;
+  end if;
+  foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
+    execute format('create trigger %I after %s on %s %s for each statement execute function kakunin.record_changes(%s)',
+      'kakunin_audit_' || v_event, v_event, target,
+      case v_event when 'truncate' then '' when 'delete' then 'referencing old table as kakunin_rows'
+        else 'referencing new table as kakunin_rows' end,
+      v_arguments);
+    execute format('comment on trigger %I on %s is %L', 'kakunin_audit_' || v_event, target,
+      'Written by kakunin.protect(audit => true): changes are entries of the ledger');
+  end loop;
+end
+$$;
+comment on function kakunin.audit_changes(regclass, boolean, boolean) is
+  'What protect() calls: puts the triggers of audit on a table, or takes them away. For the table''s owner';
+
+-- Says what the catalog says, whatever its caller would have it say.
+create function kakunin.record_policy(target regclass) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_table    record;
+  v_policies jsonb;
+begin
+  select format('%I.%I', n.nspname, c.relname) as name, c.relrowsecurity, c.relforcerowsecurity,
+         exists (select from pg_trigger t where t.tgrelid = c.oid and t.tgfoid = 'kakunin.record_changes'::regproc) as audit
+    into v_table
+    from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = target;
+  if not found then
+    raise exception using errcode = 'KA010', message = 'record_policy() needs a table';
+  end if;
+  -- The first hundred: an entry is not to grow with what somebody else made.
+  select coalesce(jsonb_object_agg(p.polname, jsonb_build_object(
+           'permissive', p.polpermissive, 'using', left(pg_get_expr(p.polqual, p.polrelid), 500),
+           'check', left(pg_get_expr(p.polwithcheck, p.polrelid), 500))), '{}') into v_policies
+    from (select * from pg_policy y where y.polrelid = target order by y.polname limit 100) p;
+  perform kakunin_private.record(
+    case when v_table.relrowsecurity and v_policies ? 'kakunin_isolation' then 'policy.protected' else 'policy.unprotected' end,
+    null, jsonb_build_object('table', v_table.name, 'row_security', v_table.relrowsecurity, 'forced', v_table.relforcerowsecurity,
+      'audit', v_table.audit, 'policies', v_policies));
+end
+$$;
+comment on function kakunin.record_policy(regclass) is
+  'What protect() and unprotect() call: an entry of the ledger that says how row security stands on a table';
 
 create function kakunin.protect(
   target regclass,
@@ -2735,7 +2880,9 @@ create function kakunin.protect(
   roles name[] default '{kakunin_agent,kakunin_gateway}',
   write_scope text default null,
   force boolean default false,
-  keep_policies boolean default false
+  keep_policies boolean default false,
+  audit boolean default false,
+  audit_keys boolean default false
 ) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
@@ -2752,9 +2899,10 @@ declare
   v_grant     record;
   v_policy    name;
 begin
-  if protect.target is null or serial_column is null or protect.force is null or keep_policies is null then
+  if protect.target is null or serial_column is null
+    or num_nulls(protect.force, keep_policies, protect.audit, audit_keys) > 0 then
     raise exception using errcode = 'KA010',
-      message = 'protect() needs a table, a column, and true or false for force and keep_policies';
+      message = 'protect() needs a table, a column, and true or false for force, keep_policies, audit and audit_keys';
   end if;
   select r into v_role from unnest(roles) r
    where r is null or (r <> 'public' and not exists (select from pg_roles p where p.rolname = r)) limit 1;
@@ -2852,6 +3000,8 @@ begin
     end if;
     execute format('alter table %s enable row level security, %s force row level security',
       v_table.name, case when protect.force then '' else 'no' end);
+    perform kakunin.audit_changes(v_table.name, protect.audit or audit_keys, audit_keys);
+    perform kakunin.record_policy(v_table.name);
 
     -- Everybody who may be an agent and holds one of them, directly, through another role or on a column.
     for v_grant in
@@ -2888,8 +3038,8 @@ begin
   end loop;
 end
 $$;
-comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access. Can be repeated. For the table''s owner';
+comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean) is
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access; audit: each statement that changes rows is an entry of the ledger, with the number of rows, and with audit_keys their primary keys. Can be repeated. For the table''s owner';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -2922,6 +3072,7 @@ begin
     loop
       execute format('drop policy %I on %s', v_policy, v_table.name);
     end loop;
+    perform kakunin.audit_changes(v_table.name, false, false);
     -- Without the comment nobody knows how it stood, and then closed is the safe answer.
     if v_table.forced_before = 'unforced' then
       execute format('alter table %s no force row level security', v_table.name);
@@ -2932,11 +3083,1169 @@ begin
       execute format('alter table %s disable row level security', v_table.name);
       raise notice 'kakunin.unprotect: row security is off on %, so privileges alone decide who reads it', v_table.name;
     end if;
+    perform kakunin.record_policy(v_table.name);
   end loop;
 end
 $$;
 comment on function kakunin.unprotect(regclass) is
   'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner';
+
+-- Ledger: what agents did and what was decided about them, append-only.
+--
+-- An entry is one line of JSON, built here once and never built again: its UTF-8 bytes are what is hashed, sealed,
+-- exported and verified (docs/ledger-format.md). The columns beside it are for finding it; verification
+-- compares them with what the entry says.
+--
+-- Who writes. audit_log_append() for the agent bound to the session; the triggers of protect(..., audit => true) for
+-- changes of a protected table; and the functions of this kit, for what they decide (certificate.issued, agent.halted,
+-- settings.changed, ...). A name with a dot in it is the kit's own, so an agent cannot make an entry look like a decision.
+--
+-- Chains. Each entry has the hash of the one before it in its chain. An agent has a chain of its own, and one
+-- more for each of its transactions that append at the same time: whoever appends takes the first
+-- chain that nobody holds, so nobody ever waits for another transaction, least of all a halt. What is decided goes to
+-- chains that no agent can hold.
+--
+-- Never changed. Triggers that fire ALWAYS refuse UPDATE, DELETE and TRUNCATE to everybody, the owner included;
+-- other roles have no privilege on the table either. Detaching a partition is DDL, which only an event trigger can
+-- refuse, and only a superuser can make one: guard_ledger(). A superuser can take all of this away. That is what the signed
+-- tree in the next file is for: it does not prevent, it proves.
+--
+-- Partitions are by month, made ahead by make_partitions(). Where that was forgotten the default partition takes the
+-- entries: an append, and with it a halt, must not fail for want of a table.
+
+create table kakunin_private.chains (
+  chain_id bigint generated always as identity primary key,
+  agent_id uuid not null,
+  sequence bigint not null,
+  head     bytea not null check (octet_length(head) = 32)
+) with (fillfactor = 50);  -- room for its next version on the same page
+create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
+comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
+comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID where it is no agent''s';
+comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
+
+create sequence kakunin_private.event_ids;
+comment on sequence kakunin_private.event_ids is 'Ids of events. What was rolled back leaves a gap';
+
+create table kakunin_private.ledger (
+  event_id    bigint not null,
+  recorded_at timestamptz not null,
+  agent_id    uuid,
+  xid         xid8 not null,
+  entry       text collate "C" not null,
+  primary key (event_id, recorded_at)  -- a key of a partitioned table has the partition's column in it
+) partition by range (recorded_at);
+create index ledger_agent_id on kakunin_private.ledger (agent_id, event_id);
+create index ledger_xid on kakunin_private.ledger (xid, event_id);
+comment on table kakunin_private.ledger is 'The entries. Rows are added and nothing else';
+comment on column kakunin_private.ledger.agent_id is 'The agent that did it, or whom it is about';
+comment on column kakunin_private.ledger.xid is 'The transaction that wrote it: what tells the sealer which entries are committed';
+comment on column kakunin_private.ledger.entry is 'The entry. Its bytes in UTF-8 are what is hashed and signed';
+
+create table kakunin_private.partitions (
+  name        name primary key,
+  from_at     timestamptz not null,
+  to_at       timestamptz not null,
+  archived_at timestamptz,
+  archived    int8multirange,
+  check ((archived_at is null) = (archived is null))
+);
+comment on table kakunin_private.partitions is 'The partitions of the ledger by time: those that are live, and those that were archived';
+comment on column kakunin_private.partitions.archived is 'Which leaves of the tree its entries are';
+
+-- A row each for what is written at different moments by different people: none waits for another.
+create table kakunin_private.sleeper (
+  only_row boolean primary key default true check (only_row),
+  asleep   boolean not null default false
+) with (fillfactor = 10);
+insert into kakunin_private.sleeper default values;
+comment on table kakunin_private.sleeper is 'Whether the worker sleeps and is to be notified of the next entry';
+
+-- Never changed --------------------------------------------------------------------------------------
+
+create function kakunin_private.refuse_change() returns trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = 'KA006',
+    message = format('%s of %I.%I is refused: the ledger is append-only', tg_op, tg_table_schema, tg_table_name),
+    hint = 'What is wrong in it is corrected by another entry. Partitions leave by kakunin.archive_partition().';
+end
+$$;
+comment on function kakunin_private.refuse_change() is 'Trigger: KA006, whatever the statement and whoever sends it';
+
+create function kakunin_private.make_append_only(p_table regclass) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  -- A statement's trigger fires where the table is named, so a partition has its own; and when no row is touched.
+  execute format('create trigger append_only before update or delete or truncate on %s'
+    ' for each statement execute function kakunin_private.refuse_change()', p_table);
+  -- ALWAYS: also with session_replication_role = replica.
+  execute format('alter table %s enable always trigger append_only', p_table);
+  execute format('comment on trigger append_only on %s is %L', p_table, 'KA006 for every change');
+end
+$$;
+comment on function kakunin_private.make_append_only(regclass) is 'Puts the trigger on a table that refuses every change but INSERT';
+
+do $$ begin perform kakunin_private.make_append_only('kakunin_private.ledger'); end $$;
+
+create table kakunin_private.ledger_default partition of kakunin_private.ledger default;
+comment on table kakunin_private.ledger_default is 'Entries of a time for which no partition was made ahead';
+do $$ begin perform kakunin_private.make_append_only('kakunin_private.ledger_default'); end $$;
+
+create function kakunin.make_partitions(ahead interval default '3 months') returns name[]
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+as $$
+declare
+  v_month timestamp := date_trunc('month', kakunin_private.clock() at time zone interval '0');
+  v_end   timestamp;
+  v_name  text;
+  v_made  name[] := '{}'::name[];
+begin
+  if coalesce(make_partitions.ahead not between '0' and interval '10 years', true) then
+    raise exception using errcode = 'KA010', message = 'partitions are made 0 to 10 years ahead';
+  end if;
+  v_end := kakunin_private.clock() at time zone interval '0' + make_partitions.ahead;
+  -- One at a time: two workers at once would make the same one.
+  lock table kakunin_private.partitions in share row exclusive mode;
+  while v_month <= v_end loop
+    v_name := 'ledger_' || to_char(v_month, 'YYYYMM');
+    if not exists (select from kakunin_private.partitions p where p.name = v_name::name) then
+      insert into kakunin_private.partitions (name, from_at, to_at)
+      values (v_name::name, v_month at time zone interval '0', (v_month + interval '1 month') at time zone interval '0');
+      -- Made first and attached then: that lets appends to the other partitions go on.
+      execute format('create table kakunin_private.%I (like kakunin_private.ledger including all)', v_name);
+      execute format('comment on table kakunin_private.%I is %L', v_name, 'Entries of ' || to_char(v_month, 'YYYY-MM') || ' (UTC)');
+      perform kakunin_private.make_append_only(format('kakunin_private.%I', v_name)::regclass);
+      execute format('alter table kakunin_private.ledger attach partition kakunin_private.%I for values from (%L) to (%L)',
+        v_name, to_char(v_month, 'YYYY-MM-DD') || ' 00:00:00+00',
+        to_char(v_month + interval '1 month', 'YYYY-MM-DD') || ' 00:00:00+00');
+      v_made := v_made || v_name::name;
+    end if;
+    v_month := v_month + interval '1 month';
+  end loop;
+  return v_made;
+end
+$$;
+comment on function kakunin.make_partitions(interval) is
+  'Makes the ledger''s monthly partitions that are missing from now until so far ahead; returns their names. The worker calls it. For kakunin_worker, kakunin_operator';
+
+create function kakunin_private.check_partitions() returns event_trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('kakunin_private.partitions') is null then
+    return;  -- the kit itself is being removed
+  end if;
+  if exists (
+       select from kakunin_private.partitions p
+        where p.archived_at is null
+          and not exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+                           where c.relname = p.name and c.relnamespace = 'kakunin_private'::regnamespace and i.inhparent = to_regclass('kakunin_private.ledger')))
+    or exists (
+       select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+        where i.inhparent = to_regclass('kakunin_private.ledger') and c.relname <> 'ledger_default'
+          and not exists (select from kakunin_private.partitions p where p.name = c.relname and p.archived_at is null))
+    or not exists (select from pg_inherits i where i.inhrelid = to_regclass('kakunin_private.ledger_default'))
+    or exists (
+       select from pg_class c
+        where (c.oid = to_regclass('kakunin_private.ledger')
+               or exists (select from pg_inherits i where i.inhrelid = c.oid and i.inhparent = to_regclass('kakunin_private.ledger')))
+          and not exists (select from pg_trigger t where t.tgrelid = c.oid and t.tgname = 'append_only' and t.tgenabled = 'A')) then
+    raise exception using errcode = 'KA006',
+      message = 'the ledger is append-only: its partitions and their triggers stay as they are',
+      hint = 'A partition that an exported, signed tree head covers leaves by kakunin.archive_partition().';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_partitions() is
+  'Event trigger: KA006 where DDL has detached, dropped or added a partition of the ledger, or taken its triggers away';
+
+create function kakunin.guard_ledger() returns void
+language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  drop event trigger if exists kakunin_ledger_ddl;
+  drop event trigger if exists kakunin_ledger_drop;
+  create event trigger kakunin_ledger_ddl on ddl_command_end
+    when tag in ('ALTER TABLE', 'CREATE TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') execute function kakunin_private.check_partitions();
+  create event trigger kakunin_ledger_drop on sql_drop execute function kakunin_private.check_partitions();
+  comment on event trigger kakunin_ledger_ddl is 'KA006 where DDL would detach, add or unguard a partition of kakunin''s ledger';
+  comment on event trigger kakunin_ledger_drop is 'KA006 where DROP would take away a partition of kakunin''s ledger, or its triggers';
+end
+$$;
+comment on function kakunin.guard_ledger() is
+  'Makes the event triggers that refuse DDL on the ledger''s partitions. Event triggers are a superuser''s to make: run it once as one';
+
+-- Appending ------------------------------------------------------------------------------------------
+
+create function kakunin_private.rfc3339(p_at timestamptz) returns text
+language sql stable parallel safe
+return to_char(p_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
+comment on function kakunin_private.rfc3339(timestamptz) is 'The moment in UTC with microseconds, as entries have it';
+
+create function kakunin_private.leaf_hash(p_entry text) returns bytea
+language sql stable parallel safe
+return sha256(E'\\x00'::bytea || convert_to(p_entry, 'UTF8'));
+comment on function kakunin_private.leaf_hash(text) is 'The hash of an entry, RFC 6962 section 2.1: of a zero byte and its bytes';
+
+-- Not in a halt's or a revocation's way: NOTIFY takes a lock of the whole cluster and fails where its queue is full.
+create function kakunin_private.wake_worker() returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  -- One transaction wakes it, and the others go on. A queue that somebody else has half filled is left alone: the
+  -- worker looks by itself as well.
+  if pg_notification_queue_usage() < 0.5 then
+    update kakunin_private.sleeper s set asleep = false
+     where s.only_row = (select w.only_row from kakunin_private.sleeper w where w.asleep for update skip locked);
+    if found then
+      perform pg_notify('kakunin_ledger', '');
+    end if;
+  end if;
+end
+$$;
+comment on function kakunin_private.wake_worker() is 'Notifies the worker if it sleeps and nobody has yet';
+
+create function kakunin_private.append(
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid,
+  out event_id bigint, out recorded_at timestamptz, out chain bigint, out sequence bigint, out prev bytea, out hash bytea
+)
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_installation uuid;
+  v_asleep       boolean;
+  v_entry        text;
+begin
+  recorded_at := kakunin_private.clock();
+  select c.chain_id, c.sequence + 1, c.head,
+         (select i.installation_id from kakunin_private.installation i), (select s.asleep from kakunin_private.sleeper s)
+    into chain, sequence, prev, v_installation, v_asleep
+    from kakunin_private.chains c
+   where c.agent_id = p_chain_of
+   order by c.chain_id
+   limit 1
+     for update of c skip locked;
+  if chain is null then
+    insert into kakunin_private.chains as c (agent_id, sequence, head)
+    values (p_chain_of, 0, decode(repeat('00', 32), 'hex'))
+    returning c.chain_id, c.sequence + 1, c.head into chain, sequence, prev;
+    select i.installation_id, s.asleep into v_installation, v_asleep
+      from kakunin_private.installation i, kakunin_private.sleeper s;
+  end if;
+  -- Drawn while the chain is held, so that ids rise along it.
+  event_id := nextval('kakunin_private.event_ids');
+  v_entry := concat(
+    '{"kakunin":"entry/1","installation":"', v_installation,
+    '","event_id":', event_id,
+    ',"recorded_at":"', kakunin_private.rfc3339(recorded_at),
+    '","event_type":"', p_event_type,
+    case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
+    case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
+    ',"login":', to_json(session_user::text),
+    ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
+    ',"chain":', chain, ',"sequence":', sequence, ',"prev":"', encode(prev, 'hex'),
+    '","metadata":', p_metadata, '}');
+  hash := kakunin_private.leaf_hash(v_entry);
+  update kakunin_private.chains c set sequence = c.sequence + 1, head = append.hash where c.chain_id = append.chain;
+  insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
+  values (append.event_id, append.recorded_at, p_agent_id, pg_current_xact_id(), v_entry);
+  if v_asleep and p_chain_of <> '00000000-0000-0000-0000-000000000000' then
+    perform kakunin_private.wake_worker();
+  end if;
+end
+$$;
+comment on function kakunin_private.append(text, uuid, text, text, text, uuid) is
+  'Appends an entry to the first free chain of its owner (the nil UUID for decisions) and says where it stands';
+
+create function kakunin_private.record(p_event_type text, p_agent_id uuid, p_metadata jsonb) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  perform kakunin_private.append(
+    p_event_type, p_agent_id, null, null, p_metadata::text, '00000000-0000-0000-0000-000000000000');
+end
+$$;
+comment on function kakunin_private.record(text, uuid, jsonb) is 'Appends what was decided, and about which agent, to a chain that no agent can hold';
+
+create function kakunin.audit_log_append(event_type text, metadata jsonb default '{}', session_id text default null)
+returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_type     text collate "C" := event_type;
+  v_metadata text collate "C" := coalesce(metadata, '{}')::text;
+  v_serial   text collate "C" := kakunin.require_session();
+  v_agent_id uuid;
+  v_event    record;
+begin
+  if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
+    raise exception using errcode = 'KA010',
+      message = 'an event type is 1 to 64 characters from A-Z a-z 0-9 _ : -, and begins with a letter',
+      hint = 'Such as api_call, data_access or transaction_initiated. Names with a dot are the kit''s own.';
+  end if;
+  -- Small enough to stay in the row's page, so that sealing and verifying read no other.
+  if octet_length(v_metadata) > 16384 or octet_length(session_id) > 200 then
+    raise exception using errcode = 'KA010',
+      message = format('an event''s metadata is at most 16384 bytes of JSON and its session id 200; these have %s and %s',
+        octet_length(v_metadata), coalesce(octet_length(session_id), 0)),
+      hint = 'Keep what is large elsewhere, and put its SHA-256 here.';
+  end if;
+  select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  select * into v_event from kakunin_private.append(v_type, v_agent_id, v_serial, session_id, v_metadata, v_agent_id);
+  return jsonb_build_object(
+    'event_id', v_event.event_id,
+    'event_type', v_type,
+    'agent_id', v_agent_id,
+    'recorded_at', kakunin_private.rfc3339(v_event.recorded_at),
+    'chain', v_event.chain,
+    'sequence', v_event.sequence,
+    'hash', encode(v_event.hash, 'hex'),
+    'prev', encode(v_event.prev, 'hex'));
+end
+$$;
+comment on function kakunin.audit_log_append(text, jsonb, text) is
+  'Appends an event of the agent bound to this session to the ledger; returns event_id, chain, sequence and hashes. It stands when the transaction commits. For kakunin_agent and kakunin_gateway';
+
+-- Two branches, so that an agent reads its own by the index and an auditor scans. What an entry says is read from the
+-- entry. A view's functions are called with its reader's rights, so none here is of the private schema.
+create view kakunin.audit_log with (security_barrier = true) as
+  select e.event_id, e.recorded_at, j.entry ->> 'event_type' as event_type, e.agent_id, j.entry ->> 'serial' as serial,
+         j.entry ->> 'login' as login, j.entry ->> 'session_id' as session_id, j.entry -> 'metadata' as metadata,
+         (j.entry ->> 'chain')::bigint as chain, (j.entry ->> 'sequence')::bigint as sequence, j.entry ->> 'prev' as prev,
+         encode(sha256(E'\\x00'::bytea || convert_to(e.entry, 'UTF8')), 'hex') as hash, e.entry
+    from (select l.* from kakunin_private.ledger l where (select pg_has_role(current_user, 'kakunin_auditor', 'usage'))
+          union all
+          select l.* from kakunin_private.ledger l
+           where not (select pg_has_role(current_user, 'kakunin_auditor', 'usage'))
+             and l.agent_id = (select kakunin.current_agent_id())) e,
+         lateral (select e.entry::jsonb as entry) j;
+comment on view kakunin.audit_log is
+  'The ledger''s entries: the bound agent''s own, or all of them for kakunin_auditor. For kakunin_agent, kakunin_gateway, kakunin_auditor';
+
+do $$ begin perform kakunin.make_partitions(); end $$;
+
+-- Tree: the ledger sealed, signed and provable.
+--
+-- All committed entries become leaves of one Merkle tree (RFC 6962). The worker calls seal_ledger() again and again; each
+-- call takes what was committed since, in one batch, and computes the new root here, so that nobody can have
+-- a root signed that is not of these entries. Then the worker signs a tree head with the ledger's key, which is in a
+-- KMS, and brings it to publish_tree_head(), which verifies the signature before it stores it. One
+-- signature covers all entries before it. Killed at any moment, the worker leaves a batch without a signature at worst, and
+-- the next signature covers that too.
+--
+-- Which entries are new? Ids are no answer: transactions commit out of order. Each entry has its transaction's id,
+-- and the tree keeps the snapshot it was sealed up to. What is visible in a later snapshot, and was not in that one, is
+-- new: exactly once, however long a transaction was open, and without waiting for the oldest one in the cluster.
+--
+-- Leaves are kept a batch a row: which entry each is, and its hash. So an entry that is changed afterwards, or
+-- gone, is named exactly. Of the inner nodes those of every eighth level are kept, from which any proof is
+-- a few hundred hashes away. Rows here are added and never changed, like the ledger's.
+--
+-- The key. register_ledger_key() takes a certificate that a pinned authority issued for this installation's ledger. So
+-- whoever trusts that authority's root can verify a tree head, and an operator cannot slip another key in.
+
+create table kakunin_private.tree (
+  only_row  boolean primary key default true check (only_row),
+  tree_size bigint not null default 0,
+  frontier  bytea[] not null default '{}',
+  sealed    pg_snapshot,
+  sealing   pg_snapshot,
+  after     bigint not null default 0,
+  floor     bigint not null default 0
+);
+insert into kakunin_private.tree default values;
+comment on table kakunin_private.tree is 'Where sealing stands. The sealer holds this row, so there is one at a time';
+comment on column kakunin_private.tree.frontier is
+  'Hashes of the complete subtrees on the right edge: element n + 1 is that of 2^n leaves, NULL where that bit of the size is 0';
+comment on column kakunin_private.tree.sealed is 'All that is visible in this snapshot is in the tree';
+comment on column kakunin_private.tree.sealing is 'The next one, while what is new in it takes more than one batch';
+comment on column kakunin_private.tree.after is 'The last event of it that is in the tree';
+comment on column kakunin_private.tree.floor is 'Everything up to this event is in the tree: what a copy was restored with, whose transactions were another server''s';
+
+create table kakunin_private.batches (
+  tree_size   bigint primary key,
+  first_index bigint not null unique,
+  event_ids   bigint[] not null,
+  leaf_hashes bytea not null,
+  root        bytea not null,
+  oldest      timestamptz not null,
+  sealed_at   timestamptz not null,
+  check (cardinality(event_ids) = tree_size - first_index and octet_length(leaf_hashes) = 32 * (tree_size - first_index))
+);
+alter table kakunin_private.batches alter leaf_hashes set storage external;  -- hashes do not compress, and are read in slices
+comment on table kakunin_private.batches is 'The leaves, and the root of the tree up to and including each batch';
+
+create table kakunin_private.tree_nodes (
+  level smallint not null,
+  index bigint not null,
+  hash  bytea not null check (octet_length(hash) = 32),
+  primary key (level, index)
+);
+comment on table kakunin_private.tree_nodes is 'Complete subtrees of 2^level leaves, at levels 8, 16, 24, ...: the hash of each, from the left';
+
+create table kakunin_private.ledger_keys (
+  key_id             text collate "C" primary key,
+  serial             text collate "C" not null unique,
+  der                bytea not null,
+  installation_id    uuid not null,
+  issuer_key_id      text collate "C" not null references kakunin_private.authorities,
+  public_key_modulus bytea not null unique,
+  not_before         timestamptz not null,
+  not_after          timestamptz not null,
+  registered_at      timestamptz not null,
+  registered_by      name not null,
+  revoked_at         timestamptz,
+  revocation_reason  text,
+  check ((revoked_at is null) = (revocation_reason is null))
+);
+comment on table kakunin_private.ledger_keys is 'Keys that sign tree heads, each certified by a pinned authority for one installation';
+
+create table kakunin_private.tree_heads (
+  tree_size    bigint primary key references kakunin_private.batches,
+  "timestamp"  bigint not null unique,
+  root         bytea not null,
+  key_id       text collate "C" not null references kakunin_private.ledger_keys,
+  signature    bytea not null,
+  published_at timestamptz not null,
+  published_by name not null
+);
+comment on table kakunin_private.tree_heads is 'Signed tree heads (RFC 6962 section 3.5)';
+comment on column kakunin_private.tree_heads."timestamp" is 'Milliseconds since 1970, as signed';
+
+create table kakunin_private.exports (
+  tree_size   bigint not null references kakunin_private.tree_heads,
+  exported_at timestamptz not null,
+  exported_by name not null
+);
+comment on table kakunin_private.exports is 'Exports of the ledger that ended: all entries up to this size, and its signed head, are elsewhere';
+
+create table kakunin_private.leader (
+  only_row   boolean primary key default true check (only_row),
+  worker     uuid,
+  name       text,
+  since      timestamptz,
+  expires_at timestamptz not null default '-infinity'
+) with (fillfactor = 10);
+insert into kakunin_private.leader default values;
+comment on table kakunin_private.leader is 'Which worker leads, and until when unless it says so again';
+
+do $$
+begin
+  perform kakunin_private.make_append_only('kakunin_private.batches');
+  perform kakunin_private.make_append_only('kakunin_private.tree_nodes');
+  perform kakunin_private.make_append_only('kakunin_private.tree_heads');
+  perform kakunin_private.make_append_only('kakunin_private.exports');
+end
+$$;
+
+-- The tree -------------------------------------------------------------------------------------------
+
+create function kakunin_private.node_hash(p_left bytea, p_right bytea) returns bytea
+language sql immutable parallel safe
+return sha256(E'\\x01'::bytea || p_left || p_right);
+comment on function kakunin_private.node_hash(bytea, bytea) is 'RFC 6962 section 2.1: SHA-256(0x01 || left || right)';
+
+create function kakunin_private.parents(p_nodes bytea) returns bytea
+language sql immutable parallel safe
+return (select coalesce(string_agg(sha256(E'\\x01'::bytea || substr(p_nodes, i * 64 + 1, 64)), ''::bytea order by i), ''::bytea)
+          from generate_series(0, octet_length(p_nodes) / 64 - 1) i);
+comment on function kakunin_private.parents(bytea) is 'The nodes above these, both as hashes of 32 bytes one after the other; one without a right neighbour has none';
+
+create function kakunin_private.root_hash(p_frontier bytea[]) returns bytea
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_root bytea;
+  v_node bytea;
+begin
+  foreach v_node in array p_frontier loop
+    v_root := case when v_node is null then v_root when v_root is null then v_node else kakunin_private.node_hash(v_node, v_root) end;
+  end loop;
+  return coalesce(v_root, sha256(''::bytea));
+end
+$$;
+comment on function kakunin_private.root_hash(bytea[]) is 'The root over the complete subtrees on the right edge, the smallest first; of nothing, the hash of nothing';
+
+create function kakunin_private.grow(p_size bigint, p_frontier bytea[], p_leaves bytea) returns bytea[]
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_frontier bytea[] := '{}'::bytea[];
+  v_nodes    bytea := p_leaves;
+  v_first    bigint := p_size;                                   -- how many nodes this level had
+  v_count    bigint := p_size + octet_length(p_leaves) / 32;     -- and has
+  v_level    integer := 0;
+begin
+  while v_count > 0 loop
+    if v_level > 0 and v_level % 8 = 0 and octet_length(v_nodes) > 0 then
+      insert into kakunin_private.tree_nodes (level, index, hash)
+      select v_level, v_first + i, substr(v_nodes, i * 32 + 1, 32) from generate_series(0, octet_length(v_nodes) / 32 - 1) i;
+    end if;
+    -- The last one on the right waited for its right neighbour.
+    if v_first % 2 = 1 then
+      v_nodes := p_frontier[v_level + 1] || v_nodes;
+    end if;
+    v_frontier[v_level + 1] := case when v_count % 2 = 1 then substr(v_nodes, octet_length(v_nodes) - 31) end;
+    v_nodes := kakunin_private.parents(v_nodes);
+    v_first := v_first / 2;
+    v_count := v_count / 2;
+    v_level := v_level + 1;
+  end loop;
+  return v_frontier;
+end
+$$;
+comment on function kakunin_private.grow(bigint, bytea[], bytea) is
+  'The right edge of a tree of this size once these leaves (32 bytes each) have been added; keeps the nodes of every eighth level';
+
+-- Sealing --------------------------------------------------------------------------------------------
+
+-- A transaction is not among those under way in its own snapshots; here it has to be, for what it may append yet.
+create function kakunin_private.committed_snapshot() returns pg_snapshot
+language sql stable parallel restricted
+return (
+  select case when o.own < pg_snapshot_xmax(o.now)
+    then format('%s:%s:%s', least(pg_snapshot_xmin(o.now), o.own), pg_snapshot_xmax(o.now),
+      (select string_agg(x::text, ',' order by x) from (select pg_snapshot_xip(o.now) as x union select o.own) r))::pg_snapshot
+    else o.now end
+    from (select pg_current_snapshot() as now, pg_current_xact_id_if_assigned() as own) o);
+comment on function kakunin_private.committed_snapshot() is 'pg_current_snapshot() with this transaction among those that have not ended';
+
+create function kakunin_private.add_batch(p_ids bigint[], p_leaves bytea, p_oldest timestamptz) returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_tree     kakunin_private.tree;
+  v_frontier bytea[];
+begin
+  select * into strict v_tree from kakunin_private.tree t;
+  v_frontier := kakunin_private.grow(v_tree.tree_size, v_tree.frontier, p_leaves);
+  insert into kakunin_private.batches (tree_size, first_index, event_ids, leaf_hashes, root, oldest, sealed_at)
+  values (v_tree.tree_size + cardinality(p_ids), v_tree.tree_size, p_ids, p_leaves, kakunin_private.root_hash(v_frontier), p_oldest,
+          kakunin_private.clock());
+  update kakunin_private.tree t set tree_size = v_tree.tree_size + cardinality(p_ids), frontier = v_frontier;
+end
+$$;
+comment on function kakunin_private.add_batch(bigint[], bytea, timestamptz) is 'Adds leaves to the tree: which events they are, and their hashes';
+
+-- For a copy, where the transactions in the ledger's rows are those of another server: all there is becomes leaves, and
+-- what comes from now on goes by this server's.
+create function kakunin_private.reseal() returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_ids    bigint[];
+  v_leaves bytea;
+  v_oldest timestamptz;
+begin
+  perform kakunin_private.check_snapshot_is_fresh('renewing an installation');
+  -- Waits for those who are appending, so that everything is committed.
+  lock table kakunin_private.ledger in share mode;
+  perform from kakunin_private.tree t for update;
+  select array_agg(l.event_id order by l.event_id), string_agg(kakunin_private.leaf_hash(l.entry), '' order by l.event_id), min(l.recorded_at)
+    into v_ids, v_leaves, v_oldest
+    from kakunin_private.ledger l
+   where not exists (select from (select unnest(b.event_ids) as id from kakunin_private.batches b) s where s.id = l.event_id);
+  if v_ids is not null then
+    perform kakunin_private.add_batch(v_ids, v_leaves, v_oldest);
+  end if;
+  update kakunin_private.tree t
+     set sealed = kakunin_private.committed_snapshot(), sealing = null, after = 0,
+         floor = (select coalesce(max(l.event_id), 0) from kakunin_private.ledger l);
+end
+$$;
+comment on function kakunin_private.reseal() is 'Seals every entry that is not in the tree, and counts by this server''s transactions from now on';
+
+create function kakunin.seal_ledger(max_entries integer default 100000) returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_tree     kakunin_private.tree;
+  v_sealing  pg_snapshot;
+  v_since    xid8;
+  v_running  xid8[];
+  v_ids      bigint[];
+  v_leaves   bytea;
+  v_oldest   timestamptz;
+  v_count    bigint;
+begin
+  if coalesce(max_entries not between 1 and 1000000, true) then
+    raise exception using errcode = 'KA010', message = 'a batch is of 1 to 1000000 entries';
+  end if;
+  perform kakunin_private.check_snapshot_is_fresh('sealing');
+  select * into strict v_tree from kakunin_private.tree t for update;
+  v_sealing := coalesce(v_tree.sealing, kakunin_private.committed_snapshot());
+  if pg_snapshot_xmax(v_tree.sealed) > pg_snapshot_xmax(v_sealing) then
+    raise exception using errcode = 'KA007',
+      message = 'the ledger was sealed by another server, whose transactions are ahead of this one''s: this is a copy',
+      hint = 'Give the copy an identity of its own with kakunin.renew_installation(), and register a ledger key for it.';
+  end if;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
+  select coalesce(array_agg(n.event_id order by n.event_id), '{}'), string_agg(kakunin_private.leaf_hash(n.entry), '' order by n.event_id),
+         min(n.recorded_at), count(*)
+    into v_ids, v_leaves, v_oldest, v_count
+    from (select l.event_id, l.entry, l.recorded_at
+            from kakunin_private.ledger l
+           where (l.xid >= v_since or l.xid = any (v_running))
+             and l.event_id > greatest(v_tree.after, v_tree.floor)
+             and pg_visible_in_snapshot(l.xid, v_sealing)
+           order by l.event_id
+           limit max_entries) n;
+  if v_count > 0 then
+    perform kakunin_private.add_batch(v_ids, v_leaves, v_oldest);
+  end if;
+  update kakunin_private.tree t
+     set sealed = case when v_count < max_entries then v_sealing else t.sealed end,
+         sealing = case when v_count < max_entries then null else v_sealing end,
+         after = case when v_count < max_entries then 0 else v_ids[v_count] end
+   -- With nothing to do nothing is written, but for once in a while: the snapshot must not fall far behind.
+   where v_count > 0 or v_tree.sealing is not null or v_tree.sealed is null
+      or pg_snapshot_xmax(v_sealing)::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric > 10000;
+  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries, 'tree_size', v_tree.tree_size + v_count);
+end
+$$;
+comment on function kakunin.seal_ledger(integer) is
+  'Takes committed entries that are not in the tree yet into it, at most so many; returns sealed, more (call again) and tree_size. For kakunin_worker';
+
+create function kakunin.tree_head_to_sign() returns table (tree_size bigint, "timestamp" bigint, root bytea, since timestamptz)
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select b.tree_size,
+           greatest(floor(extract(epoch from kakunin_private.clock()) * 1000)::bigint,
+                    (select max(h."timestamp") + 1 from kakunin_private.tree_heads h)),
+           b.root,
+           (select min(u.oldest) from kakunin_private.batches u
+             where u.tree_size > coalesce((select max(h.tree_size) from kakunin_private.tree_heads h), 0))
+      from kakunin_private.batches b
+     where b.tree_size > coalesce((select max(h.tree_size) from kakunin_private.tree_heads h), 0)
+     order by b.tree_size desc
+     limit 1;
+end
+$$;
+comment on function kakunin.tree_head_to_sign() is
+  'What a tree head is to say now: size, milliseconds since 1970, root; since is when the oldest entry without a signature was recorded. No row where all is signed. For kakunin_worker';
+
+create function kakunin.publish_tree_head(tree_size bigint, "timestamp" bigint, key_id text, signature bytea) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_what  constant text := 'the tree head';
+  v_root  bytea;
+  v_last  kakunin_private.tree_heads;
+  v_key   kakunin_private.ledger_keys;
+  v_now   constant timestamptz := kakunin_private.clock();
+begin
+  perform kakunin_private.check_snapshot_is_fresh('publishing a tree head');
+  -- One at a time, so that sizes and timestamps go up together.
+  lock table kakunin_private.tree_heads in share row exclusive mode;
+  select b.root into v_root from kakunin_private.batches b where b.tree_size = publish_tree_head.tree_size;
+  if not found then
+    perform kakunin_private.refuse(c_what, format('the tree never ended a batch at size %s', coalesce(publish_tree_head.tree_size::text, 'NULL')),
+      'Sign what kakunin.tree_head_to_sign() gives.');
+  end if;
+  select * into v_last from kakunin_private.tree_heads h order by h.tree_size desc limit 1;
+  if v_last.tree_size >= publish_tree_head.tree_size or v_last."timestamp" >= publish_tree_head."timestamp" then
+    perform kakunin_private.refuse(c_what, format('one of size %s is published already', v_last.tree_size),
+      'Sign what kakunin.tree_head_to_sign() gives.');
+  end if;
+  select k.* into v_key from kakunin_private.ledger_keys k
+    join kakunin_private.authorities a on a.key_id = k.issuer_key_id
+   where k.key_id = publish_tree_head.key_id collate "C" and k.installation_id = kakunin.installation_id()
+     and k.revoked_at is null and v_now between k.not_before and k.not_after
+     and coalesce(a.distrust_reason not in ('keyCompromise', 'cACompromise'), true);
+  if not found then
+    perform kakunin_private.refuse(c_what, 'its key is not one of this ledger''s, or was revoked, or its certificate has expired',
+      'Register a key with kakunin.register_ledger_key(der).');
+  end if;
+  -- A leap of an hour would keep everybody from signing for an hour.
+  if publish_tree_head."timestamp" is null or abs(publish_tree_head."timestamp" - extract(epoch from v_now) * 1000) > 300000 then
+    perform kakunin_private.refuse(c_what, 'its timestamp is not of now, give or take five minutes');
+  end if;
+  if not kakunin_private.rsa_pkcs1_sha256_verify(
+    v_key.public_key_modulus, 65537,
+    E'\\x0001'::bytea || int8send(publish_tree_head."timestamp") || int8send(publish_tree_head.tree_size) || v_root,
+    publish_tree_head.signature) then
+    perform kakunin_private.refuse('the signature', 'it is not that of the ledger''s key over this tree head');
+  end if;
+  insert into kakunin_private.tree_heads (tree_size, "timestamp", root, key_id, signature, published_at, published_by)
+  values (publish_tree_head.tree_size, publish_tree_head."timestamp", v_root, v_key.key_id, publish_tree_head.signature, v_now, session_user);
+end
+$$;
+comment on function kakunin.publish_tree_head(bigint, bigint, text, bytea) is
+  'Stores a signed tree head once the signature (RSASSA-PKCS1-v1_5, SHA-256, over RFC 6962''s TreeHeadSignature) is known to be a ledger key''s over the root computed here. For kakunin_worker';
+
+-- Keys -----------------------------------------------------------------------------------------------
+
+create function kakunin.register_ledger_key(der bytea) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_what   constant text := 'the certificate';
+  v_read   kakunin_private.x509_certificate := kakunin_private.x509_read_certificate(register_ledger_key.der);
+  v_issuer kakunin_private.authorities := kakunin_private.issuer_of(v_read);
+  v_names  bytea[];
+  v_urn    constant text := 'urn:kakunin:ledger:' || kakunin.installation_id();
+begin
+  perform kakunin_private.x509_check_critical(v_read.extensions, '{2.5.29.15,2.5.29.17,2.5.29.19}', c_what);
+  if v_read.ca or coalesce(v_read.key_usage & 134, 0) <> 128 then  -- digitalSignature, and neither keyCertSign nor cRLSign
+    perform kakunin_private.refuse(c_what, 'it is not one for signing alone (no cA; keyUsage digitalSignature without keyCertSign and cRLSign)');
+  end if;
+  v_names := kakunin_private.der_children(
+    coalesce(kakunin_private.x509_extension_value(v_read.extensions, '2.5.29.17'), decode('3000', 'hex')), 48, 'subjectAltName');
+  if cardinality(v_names) <> 1 or get_byte(v_names[1], 0) <> 134
+    or kakunin_private.der_content(v_names[1], 134, 'subjectAltName') <> convert_to(v_urn, 'UTF8') then
+    perform kakunin_private.refuse(c_what, 'its subjectAltName is not ' || v_urn || ' alone', 'kakunin-db audit init makes one.');
+  end if;
+  if v_read.key_id is null then
+    perform kakunin_private.refuse(c_what, 'it has no subjectKeyIdentifier of its own');
+  end if;
+  if kakunin_private.clock() not between v_read.not_before and v_read.not_after then
+    perform kakunin_private.refuse(c_what, 'it has expired, or is not valid yet');
+  end if;
+  -- A key that also signs something else could be made to sign one for the other.
+  if exists (select from kakunin_private.authorities a where a.public_key_modulus = v_read.modulus)
+    or exists (select from kakunin_private.certificates c where c.public_key_modulus = v_read.modulus) then
+    perform kakunin_private.refuse(c_what, 'its key is an authority''s, or an agent''s', 'Make a key for the ledger alone.');
+  end if;
+  insert into kakunin_private.ledger_keys
+    (key_id, serial, der, installation_id, issuer_key_id, public_key_modulus, not_before, not_after, registered_at, registered_by)
+  values
+    (v_read.key_id, v_read.serial, register_ledger_key.der, kakunin.installation_id(), v_issuer.key_id, v_read.modulus,
+     v_read.not_before, v_read.not_after, kakunin_private.clock(), session_user)
+  on conflict do nothing;
+  if not found then
+    perform kakunin_private.refuse(c_what, 'its key, or its serial, is registered already', 'Make a new key.');
+  end if;
+  perform kakunin_private.record('ledger.key_registered', null, jsonb_build_object(
+    'key_id', v_read.key_id, 'serial', v_read.serial, 'sha256', encode(sha256(register_ledger_key.der), 'hex')));
+  return v_read.key_id;
+end
+$$;
+comment on function kakunin.register_ledger_key(bytea) is
+  'Takes a certificate (DER) that a trusted authority issued for the key that signs this ledger''s tree heads; returns its key id. Earlier keys stay good. For kakunin_operator';
+
+create function kakunin.revoke_ledger_key(key_id text, reason text default 'unspecified') returns timestamptz
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_at timestamptz;
+begin
+  perform kakunin_private.check_revocation_reason(revoke_ledger_key.reason);
+  update kakunin_private.ledger_keys k
+     set revoked_at = kakunin_private.clock(), revocation_reason = revoke_ledger_key.reason
+   where k.key_id = revoke_ledger_key.key_id collate "C" and k.revoked_at is null
+  returning k.revoked_at into v_at;
+  if found then
+    perform kakunin_private.record('ledger.key_revoked', null, jsonb_build_object(
+      'key_id', revoke_ledger_key.key_id, 'reason', revoke_ledger_key.reason));
+    return v_at;
+  end if;
+  select k.revoked_at into v_at from kakunin_private.ledger_keys k where k.key_id = revoke_ledger_key.key_id collate "C";
+  if not found then
+    raise exception using errcode = 'KA010', message = 'no ledger key with this key id is registered here',
+      hint = 'select key_id from kakunin.ledger_keys lists them.';
+  end if;
+  return v_at;
+end
+$$;
+comment on function kakunin.revoke_ledger_key(text, text) is
+  'Takes no more tree heads by this key, and puts its certificate on the revocation list; returns when it was first revoked. For kakunin_operator';
+
+create view kakunin.ledger_keys with (security_barrier = true) as
+  select k.key_id, k.serial, k.installation_id, k.issuer_key_id, k.not_before, k.not_after, k.registered_at, k.registered_by,
+         k.revoked_at, k.revocation_reason, k.der
+    from kakunin_private.ledger_keys k;
+comment on view kakunin.ledger_keys is 'Keys that sign tree heads, and their certificates. For all the kit''s roles';
+
+create view kakunin.tree_heads with (security_barrier = true) as
+  select h.tree_size, h."timestamp", h.root, h.key_id, h.signature, h.published_at, h.published_by from kakunin_private.tree_heads h;
+comment on view kakunin.tree_heads is 'Signed tree heads, for whoever keeps them elsewhere. For all the kit''s roles';
+
+-- The worker -----------------------------------------------------------------------------------------
+
+-- A lease, and no advisory lock, which any login could take. Two that believe they lead do no harm: sealing is one at a
+-- time, and a tree head of a size is stored once.
+create function kakunin.lead_ledger(worker uuid, name text, lease interval default '6 seconds') returns boolean
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now constant timestamptz := kakunin_private.clock();
+begin
+  if lead_ledger.worker is null or coalesce(lead_ledger.lease not between '0' and interval '5 minutes', true) then
+    raise exception using errcode = 'KA010', message = 'a worker leads by its id, for 0 seconds to 5 minutes';
+  end if;
+  update kakunin_private.leader l
+     set worker = lead_ledger.worker, name = left(lead_ledger.name, 200),
+         since = case when l.worker = lead_ledger.worker and l.expires_at >= v_now then l.since else v_now end,
+         expires_at = v_now + lead_ledger.lease
+   where l.worker = lead_ledger.worker or l.expires_at < v_now;
+  return found;
+end
+$$;
+comment on function kakunin.lead_ledger(uuid, text, interval) is
+  'Makes this worker the one that leads, for so long, unless another one does; a lease of 0 gives it up. Returns whether it leads. For kakunin_worker';
+
+create function kakunin.sleep_ledger() returns boolean
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  -- Locked, somebody is about to wake it.
+  update kakunin_private.sleeper s set asleep = true
+   where s.only_row = (select w.only_row from kakunin_private.sleeper w for update skip locked) and not s.asleep;
+  return found;
+end
+$$;
+comment on function kakunin.sleep_ledger() is
+  'Says that the worker sleeps: the next entry of an agent notifies kakunin_ledger. Seal once more before sleeping. For kakunin_worker';
+
+create function kakunin.ledger_status() returns jsonb
+language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now      constant timestamptz := kakunin_private.clock();
+  v_tree     kakunin_private.tree;
+  v_head     kakunin_private.tree_heads;
+  v_waiting  bigint;
+  v_oldest   timestamptz;
+  v_leader   kakunin_private.leader;
+begin
+  select * into strict v_tree from kakunin_private.tree;
+  select * into v_head from kakunin_private.tree_heads h order by h.tree_size desc limit 1;
+  select * into strict v_leader from kakunin_private.leader;
+  select count(*), min(l.recorded_at) into v_waiting, v_oldest
+    from kakunin_private.ledger l
+   where (l.xid >= coalesce(pg_snapshot_xmax(v_tree.sealed), '0') or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
+     and l.event_id > greatest(v_tree.after, v_tree.floor);
+  v_oldest := least(v_oldest, (select min(b.oldest) from kakunin_private.batches b where b.tree_size > coalesce(v_head.tree_size, 0)));
+  return jsonb_build_object(
+    'tree_size', v_tree.tree_size,
+    'signed_size', coalesce(v_head.tree_size, 0),
+    'lag_entries', v_tree.tree_size - coalesce(v_head.tree_size, 0) + v_waiting,
+    'lag_seconds', coalesce(round(extract(epoch from greatest(v_now - v_oldest, interval '0')), 3), 0),
+    'last_signed_at', v_head.published_at,
+    'leader', case when v_leader.expires_at >= v_now then v_leader.name end,
+    'leader_since', case when v_leader.expires_at >= v_now then v_leader.since end,
+    'exported_size', coalesce((select max(e.tree_size) from kakunin_private.exports e), 0),
+    'partitions_until', (select max(p.to_at) from kakunin_private.partitions p where p.archived_at is null),
+    'in_default_partition', exists (select from kakunin_private.ledger_default),
+    'key_expires_at', (select max(k.not_after) from kakunin_private.ledger_keys k
+                        where k.revoked_at is null and k.installation_id = kakunin.installation_id()));
+end
+$$;
+comment on function kakunin.ledger_status() is
+  'How far sealing and signing are: sizes, lag_entries and lag_seconds (of the oldest entry without a signature), who leads, until when there are partitions. For kakunin_worker, kakunin_operator, kakunin_auditor';
+
+-- Proofs ---------------------------------------------------------------------------------------------
+
+create function kakunin_private.leaf_hashes(p_first bigint, p_count bigint) returns bytea
+language sql stable parallel safe
+return (select string_agg(substr(b.leaf_hashes, (greatest(p_first - b.first_index, 0) * 32 + 1)::integer,
+                                 ((least(p_first + p_count, b.tree_size) - greatest(p_first, b.first_index)) * 32)::integer),
+                          ''::bytea order by b.first_index)
+          from kakunin_private.batches b
+         where b.first_index < p_first + p_count and b.tree_size > p_first);
+comment on function kakunin_private.leaf_hashes(bigint, bigint) is 'The hashes of these leaves, 32 bytes each';
+
+create function kakunin_private.subtree_hash(p_first bigint, p_count bigint) returns bytea
+language plpgsql stable parallel safe
+as $$
+declare
+  v_first bigint := p_first;
+  v_left  bigint := p_count;
+  v_base  integer;
+  v_nodes bytea;
+  v_edge  bytea[] := '{}'::bytea[];
+begin
+  -- Complete subtrees from the left, the largest first; then they are joined from the right.
+  for v_level in reverse 62..0 loop
+    continue when v_left < (1::bigint << v_level);
+    v_base := v_level / 8 * 8;
+    if v_base = 0 then
+      v_nodes := kakunin_private.leaf_hashes(v_first, 1::bigint << v_level);
+    else
+      select string_agg(n.hash, '' order by n.index) into v_nodes from kakunin_private.tree_nodes n
+       where n.level = v_base and n.index >= v_first >> v_base and n.index < (v_first >> v_base) + (1::bigint << (v_level - v_base));
+    end if;
+    while octet_length(v_nodes) > 32 loop
+      v_nodes := kakunin_private.parents(v_nodes);
+    end loop;
+    v_edge := v_nodes || v_edge;
+    v_first := v_first + (1::bigint << v_level);
+    v_left := v_left - (1::bigint << v_level);
+  end loop;
+  return kakunin_private.root_hash(v_edge);
+end
+$$;
+comment on function kakunin_private.subtree_hash(bigint, bigint) is
+  'MTH of RFC 6962 section 2.1 over so many leaves from this one on, where a subtree may begin';
+
+create function kakunin_private.largest_power(p_below bigint) returns bigint
+language sql immutable parallel safe
+return (select max(1::bigint << i) from generate_series(0, 62) i where 1::bigint << i < p_below);
+comment on function kakunin_private.largest_power(bigint) is 'The largest power of two below a number from 2 on: where RFC 6962 splits a tree';
+
+create function kakunin_private.check_tree_size(p_size bigint) returns void
+language plpgsql stable parallel restricted
+as $$
+begin
+  if not exists (select from kakunin_private.tree_heads h where h.tree_size = p_size) then
+    raise exception using errcode = 'KA010',
+      message = format('there is no signed tree head of size %s', coalesce(p_size::text, 'NULL')),
+      hint = 'select tree_size from kakunin.tree_heads lists them.';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_tree_size(bigint) is 'KA010 unless a tree head of this size was signed';
+
+create function kakunin.inclusion_proof(event_id bigint, tree_size bigint default null) returns jsonb
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_entry text;
+  v_agent uuid;
+  v_index bigint;
+  v_size  bigint := inclusion_proof.tree_size;
+  v_first bigint := 0::bigint;
+  v_count bigint;
+  v_split bigint;
+  v_path  jsonb := '[]'::jsonb;
+begin
+  select l.entry, l.agent_id into v_entry, v_agent from kakunin_private.ledger l where l.event_id = inclusion_proof.event_id;
+  if not found or not (pg_has_role(session_user, 'kakunin_auditor', 'usage') or v_agent is not distinct from kakunin.current_agent_id()) then
+    raise exception using errcode = 'KA010',
+      message = format('no event %s', coalesce(inclusion_proof.event_id::text, 'NULL')),
+      hint = 'Ids are in kakunin.audit_log. What was archived is proved from its export.';
+  end if;
+  select b.first_index + array_position(b.event_ids, inclusion_proof.event_id) - 1 into v_index
+    from kakunin_private.batches b where b.event_ids @> array[inclusion_proof.event_id] limit 1;
+  if v_size is null then
+    select min(h.tree_size) into v_size from kakunin_private.tree_heads h where h.tree_size > v_index;
+  else
+    perform kakunin_private.check_tree_size(v_size);
+  end if;
+  if v_index is null or v_size is null or v_index >= v_size then
+    raise exception using errcode = 'KA010',
+      message = format('event %s is not covered by that signed tree head yet', inclusion_proof.event_id),
+      hint = 'The worker signs within seconds: kakunin-db health says how far it is.';
+  end if;
+  v_count := v_size;
+  while v_count > 1 loop
+    v_split := kakunin_private.largest_power(v_count);
+    if v_index < v_first + v_split then
+      v_path := to_jsonb(encode(kakunin_private.subtree_hash(v_first + v_split, v_count - v_split), 'hex')) || v_path;
+      v_count := v_split;
+    else
+      v_path := to_jsonb(encode(kakunin_private.subtree_hash(v_first, v_split), 'hex')) || v_path;
+      v_first := v_first + v_split;
+      v_count := v_count - v_split;
+    end if;
+  end loop;
+  return jsonb_build_object('index', v_index, 'tree_size', v_size, 'path', v_path, 'entry', v_entry);
+end
+$$;
+comment on function kakunin.inclusion_proof(bigint, bigint) is
+  'That an event is in the tree of this size, by default the first signed one it is in: index, tree_size, path (RFC 6962 section 2.1.1) and the entry. For kakunin_auditor; for kakunin_agent and kakunin_gateway the bound agent''s own';
+
+create function kakunin.consistency_proof(first_size bigint, second_size bigint) returns jsonb
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first bigint := 0::bigint;
+  v_left  bigint := first_size;
+  v_count bigint := second_size;
+  v_split bigint;
+  v_whole boolean := true;
+  v_path  jsonb := '[]'::jsonb;
+begin
+  perform kakunin_private.check_tree_size(first_size);
+  perform kakunin_private.check_tree_size(second_size);
+  if first_size > second_size then
+    raise exception using errcode = 'KA010', message = 'the first tree of a consistency proof is not larger than the second';
+  end if;
+  -- SUBPROOF of RFC 6962 section 2.1.2, from the root down.
+  while v_left <> v_count loop
+    v_split := kakunin_private.largest_power(v_count);
+    if v_left <= v_split then
+      v_path := to_jsonb(encode(kakunin_private.subtree_hash(v_first + v_split, v_count - v_split), 'hex')) || v_path;
+      v_count := v_split;
+    else
+      v_path := to_jsonb(encode(kakunin_private.subtree_hash(v_first, v_split), 'hex')) || v_path;
+      v_first := v_first + v_split;
+      v_left := v_left - v_split;
+      v_count := v_count - v_split;
+      v_whole := false;
+    end if;
+  end loop;
+  if not v_whole then
+    v_path := to_jsonb(encode(kakunin_private.subtree_hash(v_first, v_count), 'hex')) || v_path;
+  end if;
+  return jsonb_build_object('first_size', first_size, 'second_size', second_size, 'path', v_path);
+end
+$$;
+comment on function kakunin.consistency_proof(bigint, bigint) is
+  'That the tree of the second size begins with that of the first: the path of RFC 6962 section 2.1.2. For kakunin_auditor';
+
+-- Reading it out -------------------------------------------------------------------------------------
+
+create function kakunin.ledger_leaves(first_index bigint, max_entries integer default 1000)
+returns table (index bigint, leaf_hash bytea, event_id bigint, recorded_at timestamptz, agent_id uuid, entry text, archived boolean)
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select n.index, n.leaf_hash, n.event_id, l.recorded_at, l.agent_id, l.entry,
+           l.entry is null and exists (select from kakunin_private.partitions p where p.archived @> n.index)
+      from (select b.first_index + i - 1 as index, substr(b.leaf_hashes, ((i - 1) * 32 + 1)::integer, 32) as leaf_hash, b.event_ids[i] as event_id
+              from kakunin_private.batches b,
+                   generate_series(greatest(ledger_leaves.first_index - b.first_index, 0) + 1,
+                                   least(ledger_leaves.first_index + max_entries, b.tree_size) - b.first_index) i
+             where b.tree_size > ledger_leaves.first_index and b.first_index < ledger_leaves.first_index + max_entries) n
+      left join kakunin_private.ledger l on l.event_id = n.event_id
+     order by n.index;
+end
+$$;
+comment on function kakunin.ledger_leaves(bigint, integer) is
+  'Leaves of the tree from this one on, with their entries: NULL where the ledger has none, archived where it was archived. For kakunin_auditor';
+
+create function kakunin.frontier(tree_size bigint) returns bytea[]
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_first bigint := 0::bigint;
+  v_edge  bytea[] := '{}'::bytea[];
+begin
+  perform kakunin_private.check_tree_size(frontier.tree_size);
+  for v_level in reverse 62..0 loop
+    continue when frontier.tree_size & (1::bigint << v_level) = 0;
+    v_edge := v_edge || kakunin_private.subtree_hash(v_first, 1::bigint << v_level);
+    v_first := v_first + (1::bigint << v_level);
+  end loop;
+  return v_edge;
+end
+$$;
+comment on function kakunin.frontier(bigint) is
+  'The complete subtrees of the tree of this size, from left to right: what a bundle of later entries begins with. For kakunin_auditor';
+
+create function kakunin.unsealed_entries() returns table (event_id bigint, recorded_at timestamptz, agent_id uuid, entry text)
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select l.event_id, l.recorded_at, l.agent_id, l.entry
+      from kakunin_private.ledger l, kakunin_private.tree t
+     where (l.xid >= coalesce(pg_snapshot_xmax(t.sealed), '0') or l.xid = any (array(select pg_snapshot_xip(t.sealed))))
+       and l.event_id > greatest(t.after, t.floor)
+     order by l.event_id;
+end
+$$;
+comment on function kakunin.unsealed_entries() is 'Committed entries that are not in the tree yet. For kakunin_auditor';
+
+create function kakunin.stray_entries() returns table (event_id bigint, entry text)
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select l.event_id, l.entry
+      from kakunin_private.ledger l
+     where l.event_id not in (select u.event_id from kakunin.unsealed_entries() u)
+       and not exists (select from (select unnest(b.event_ids) as id from kakunin_private.batches b) s where s.id = l.event_id)
+     order by l.event_id;
+end
+$$;
+comment on function kakunin.stray_entries() is
+  'Entries that are in the ledger, neither sealed nor about to be: only somebody who went around the kit can put them there. For kakunin_auditor';
+
+create view kakunin.chains with (security_barrier = true) as
+  select c.chain_id as chain, nullif(c.agent_id, '00000000-0000-0000-0000-000000000000') as agent_id, c.sequence, c.head
+    from kakunin_private.chains c;
+comment on view kakunin.chains is 'The chains of the ledger: how many entries each has and the hash of its newest. For kakunin_auditor';
+
+create function kakunin.record_read(command text, details jsonb default '{}') returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if record_read.command is null or record_read.command !~ '^[a-z]{1,20}$' or octet_length(record_read.details::text) > 2000 then
+    raise exception using errcode = 'KA010', message = 'a reading is recorded by the name of the command, and 2000 bytes of details at most';
+  end if;
+  perform kakunin_private.record('ledger.read', null, jsonb_build_object(
+    'command', record_read.command, 'details', coalesce(record_read.details, '{}')));
+end
+$$;
+comment on function kakunin.record_read(text, jsonb) is 'Puts it on record that the ledger is being read. For kakunin_auditor';
+
+create function kakunin.record_export(tree_size bigint, first_index bigint default 0, sha256 text default null) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform kakunin_private.check_tree_size(record_export.tree_size);
+  if record_export.first_index is null or record_export.first_index not between 0 and record_export.tree_size
+    or record_export.sha256 collate "C" !~ '^[0-9a-f]{64}$' then
+    raise exception using errcode = 'KA010', message = 'an export is from an index up to a tree size, with the SHA-256 of the bundle';
+  end if;
+  -- What came before it has to have been exported as well.
+  if record_export.first_index <= coalesce((select max(e.tree_size) from kakunin_private.exports e), 0) then
+    insert into kakunin_private.exports (tree_size, exported_at, exported_by)
+    values (record_export.tree_size, kakunin_private.clock(), session_user);
+  end if;
+  perform kakunin_private.record('ledger.exported', null, jsonb_build_object(
+    'first_index', record_export.first_index, 'tree_size', record_export.tree_size, 'sha256', record_export.sha256));
+end
+$$;
+comment on function kakunin.record_export(bigint, bigint, text) is
+  'Puts it on record that the entries up to a signed tree head have been exported, which is what lets their partitions be archived. For kakunin_auditor';
+
+create function kakunin.archive_partition(partition name) returns bigint
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+as $$
+declare
+  v_exported constant bigint := coalesce((select max(e.tree_size) from kakunin_private.exports e), 0);
+  v_to       timestamptz;
+  v_ids      bigint[];
+  v_leaves   int8multirange;
+  v_count    bigint;
+  v_covered  bigint;
+begin
+  perform kakunin_private.check_snapshot_is_fresh('archiving');
+  select p.to_at into v_to from kakunin_private.partitions p
+   where p.name = archive_partition.partition and p.archived_at is null for update;
+  if not found then
+    raise exception using errcode = 'KA010', message = format('the ledger has no partition %I', archive_partition.partition),
+      hint = 'They are named by their month, such as ledger_202611.';
+  end if;
+  if v_to > kakunin_private.clock() - interval '1 hour' then
+    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition);
+  end if;
+  -- Nothing is added from here on, and nothing uncommitted is in it.
+  execute format('lock table kakunin_private.%I in share mode', archive_partition.partition);
+  execute format('select count(*), coalesce(array_agg(l.event_id), ''{}'') from kakunin_private.%I l', archive_partition.partition)
+    into v_count, v_ids;
+  select coalesce(range_agg(int8range(n.index, n.index + 1)), '{}'), count(*) into v_leaves, v_covered
+    from (select b.first_index + s.at - 1 as index
+            from kakunin_private.batches b, unnest(b.event_ids) with ordinality s(id, at)
+           where b.tree_size <= v_exported and s.id = any (v_ids)) n;
+  if v_covered < v_count then
+    raise exception using errcode = 'KA006',
+      message = format('partition %I is live: %s of its entries are not covered by an exported, signed tree head',
+        archive_partition.partition, v_count - v_covered),
+      hint = 'Export the ledger first: kakunin-db audit export.';
+  end if;
+  update kakunin_private.partitions p set archived_at = kakunin_private.clock(), archived = v_leaves
+   where p.name = archive_partition.partition;
+  execute format('alter table kakunin_private.ledger detach partition kakunin_private.%I', archive_partition.partition);
+  perform kakunin_private.record('ledger.archived', null, jsonb_build_object(
+    'partition', archive_partition.partition, 'entries', v_count, 'leaves', left(v_leaves::text, 1000), 'exported_size', v_exported));
+  return v_count;
+end
+$$;
+comment on function kakunin.archive_partition(name) is
+  'Takes a partition whose time has passed, and whose entries an exported, signed tree head covers, out of the ledger; returns how many entries it has. Its table stays, for the owner to move or drop. For kakunin_operator';
 
 -- Privileges: who may call what, all in one place.
 --
@@ -2983,13 +4292,39 @@ grant execute on function kakunin.crls_due(), kakunin.revocations(text) to
 grant execute on function kakunin.publish_crl(bytea), kakunin.sign_halt(uuid, text, bytea) to
   kakunin_registrar, kakunin_operator, kakunin_worker;
 
+grant execute on function kakunin.audit_log_append(text, jsonb, text) to kakunin_agent, kakunin_gateway;
+grant select on kakunin.audit_log to kakunin_agent, kakunin_gateway, kakunin_auditor;
+grant execute on function kakunin.current_agent_id() to kakunin_auditor;  -- the view calls it, and a view's functions are its reader's to call
+
+-- The worker seals and signs. It reads no entry.
+grant execute on function
+  kakunin.seal_ledger(integer), kakunin.tree_head_to_sign(), kakunin.publish_tree_head(bigint, bigint, text, bytea),
+  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger()
+  to kakunin_worker;
+grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.ledger_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.register_ledger_key(bytea), kakunin.revoke_ledger_key(text, text), kakunin.archive_partition(name)
+  to kakunin_operator;
+
+-- Proof is for whoever asks; what it is about, for the auditor, and an agent for its own.
+grant select on kakunin.ledger_keys, kakunin.tree_heads to
+  kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
+grant execute on function kakunin.inclusion_proof(bigint, bigint) to kakunin_agent, kakunin_gateway, kakunin_auditor;
+grant select on kakunin.chains to kakunin_auditor;
+grant execute on function
+  kakunin.consistency_proof(bigint, bigint), kakunin.ledger_leaves(bigint, integer), kakunin.frontier(bigint),
+  kakunin.unsealed_entries(), kakunin.stray_entries(), kakunin.record_read(text, jsonb), kakunin.record_export(bigint, bigint, text)
+  to kakunin_auditor;
+
 -- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
--- tables who is no operator is granted the two, and USAGE on schema kakunin, by name.
+-- tables who is no operator is granted the two, the three below them that they call, and USAGE on schema kakunin, by name.
 grant execute on function
   kakunin.trust_ca(bytea), kakunin.distrust_ca(text, text),
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
   kakunin.halt_agent(uuid, text, boolean),
   kakunin.rotate_session_key(interval),
-  kakunin.protect(regclass, name, name[], text, boolean, boolean), kakunin.unprotect(regclass)
+  kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean), kakunin.unprotect(regclass),
+  kakunin.audit_changes(regclass, boolean, boolean), kakunin.record_policy(regclass), kakunin.record_changes()
   to kakunin_operator;
 

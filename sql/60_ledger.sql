@@ -1,0 +1,337 @@
+-- Ledger: what agents did and what was decided about them, append-only.
+--
+-- An entry is one line of JSON, built here once and never built again: its UTF-8 bytes are what is hashed, sealed,
+-- exported and verified (docs/ledger-format.md). The columns beside it are for finding it; verification
+-- compares them with what the entry says.
+--
+-- Who writes. audit_log_append() for the agent bound to the session; the triggers of protect(..., audit => true) for
+-- changes of a protected table; and the functions of this kit, for what they decide (certificate.issued, agent.halted,
+-- settings.changed, ...). A name with a dot in it is the kit's own, so an agent cannot make an entry look like a decision.
+--
+-- Chains. Each entry has the hash of the one before it in its chain. An agent has a chain of its own, and one
+-- more for each of its transactions that append at the same time: whoever appends takes the first
+-- chain that nobody holds, so nobody ever waits for another transaction, least of all a halt. What is decided goes to
+-- chains that no agent can hold.
+--
+-- Never changed. Triggers that fire ALWAYS refuse UPDATE, DELETE and TRUNCATE to everybody, the owner included;
+-- other roles have no privilege on the table either. Detaching a partition is DDL, which only an event trigger can
+-- refuse, and only a superuser can make one: guard_ledger(). A superuser can take all of this away. That is what the signed
+-- tree in the next file is for: it does not prevent, it proves.
+--
+-- Partitions are by month, made ahead by make_partitions(). Where that was forgotten the default partition takes the
+-- entries: an append, and with it a halt, must not fail for want of a table.
+
+create table kakunin_private.chains (
+  chain_id bigint generated always as identity primary key,
+  agent_id uuid not null,
+  sequence bigint not null,
+  head     bytea not null check (octet_length(head) = 32)
+) with (fillfactor = 50);  -- room for its next version on the same page
+create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
+comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
+comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID where it is no agent''s';
+comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
+
+create sequence kakunin_private.event_ids;
+comment on sequence kakunin_private.event_ids is 'Ids of events. What was rolled back leaves a gap';
+
+create table kakunin_private.ledger (
+  event_id    bigint not null,
+  recorded_at timestamptz not null,
+  agent_id    uuid,
+  xid         xid8 not null,
+  entry       text collate "C" not null,
+  primary key (event_id, recorded_at)  -- a key of a partitioned table has the partition's column in it
+) partition by range (recorded_at);
+create index ledger_agent_id on kakunin_private.ledger (agent_id, event_id);
+create index ledger_xid on kakunin_private.ledger (xid, event_id);
+comment on table kakunin_private.ledger is 'The entries. Rows are added and nothing else';
+comment on column kakunin_private.ledger.agent_id is 'The agent that did it, or whom it is about';
+comment on column kakunin_private.ledger.xid is 'The transaction that wrote it: what tells the sealer which entries are committed';
+comment on column kakunin_private.ledger.entry is 'The entry. Its bytes in UTF-8 are what is hashed and signed';
+
+create table kakunin_private.partitions (
+  name        name primary key,
+  from_at     timestamptz not null,
+  to_at       timestamptz not null,
+  archived_at timestamptz,
+  archived    int8multirange,
+  check ((archived_at is null) = (archived is null))
+);
+comment on table kakunin_private.partitions is 'The partitions of the ledger by time: those that are live, and those that were archived';
+comment on column kakunin_private.partitions.archived is 'Which leaves of the tree its entries are';
+
+-- A row each for what is written at different moments by different people: none waits for another.
+create table kakunin_private.sleeper (
+  only_row boolean primary key default true check (only_row),
+  asleep   boolean not null default false
+) with (fillfactor = 10);
+insert into kakunin_private.sleeper default values;
+comment on table kakunin_private.sleeper is 'Whether the worker sleeps and is to be notified of the next entry';
+
+-- Never changed --------------------------------------------------------------------------------------
+
+create function kakunin_private.refuse_change() returns trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception using errcode = 'KA006',
+    message = format('%s of %I.%I is refused: the ledger is append-only', tg_op, tg_table_schema, tg_table_name),
+    hint = 'What is wrong in it is corrected by another entry. Partitions leave by kakunin.archive_partition().';
+end
+$$;
+comment on function kakunin_private.refuse_change() is 'Trigger: KA006, whatever the statement and whoever sends it';
+
+create function kakunin_private.make_append_only(p_table regclass) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  -- A statement's trigger fires where the table is named, so a partition has its own; and when no row is touched.
+  execute format('create trigger append_only before update or delete or truncate on %s'
+    ' for each statement execute function kakunin_private.refuse_change()', p_table);
+  -- ALWAYS: also with session_replication_role = replica.
+  execute format('alter table %s enable always trigger append_only', p_table);
+  execute format('comment on trigger append_only on %s is %L', p_table, 'KA006 for every change');
+end
+$$;
+comment on function kakunin_private.make_append_only(regclass) is 'Puts the trigger on a table that refuses every change but INSERT';
+
+do $$ begin perform kakunin_private.make_append_only('kakunin_private.ledger'); end $$;
+
+create table kakunin_private.ledger_default partition of kakunin_private.ledger default;
+comment on table kakunin_private.ledger_default is 'Entries of a time for which no partition was made ahead';
+do $$ begin perform kakunin_private.make_append_only('kakunin_private.ledger_default'); end $$;
+
+create function kakunin.make_partitions(ahead interval default '3 months') returns name[]
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+as $$
+declare
+  v_month timestamp := date_trunc('month', kakunin_private.clock() at time zone interval '0');
+  v_end   timestamp;
+  v_name  text;
+  v_made  name[] := '{}'::name[];
+begin
+  if coalesce(make_partitions.ahead not between '0' and interval '10 years', true) then
+    raise exception using errcode = 'KA010', message = 'partitions are made 0 to 10 years ahead';
+  end if;
+  v_end := kakunin_private.clock() at time zone interval '0' + make_partitions.ahead;
+  -- One at a time: two workers at once would make the same one.
+  lock table kakunin_private.partitions in share row exclusive mode;
+  while v_month <= v_end loop
+    v_name := 'ledger_' || to_char(v_month, 'YYYYMM');
+    if not exists (select from kakunin_private.partitions p where p.name = v_name::name) then
+      insert into kakunin_private.partitions (name, from_at, to_at)
+      values (v_name::name, v_month at time zone interval '0', (v_month + interval '1 month') at time zone interval '0');
+      -- Made first and attached then: that lets appends to the other partitions go on.
+      execute format('create table kakunin_private.%I (like kakunin_private.ledger including all)', v_name);
+      execute format('comment on table kakunin_private.%I is %L', v_name, 'Entries of ' || to_char(v_month, 'YYYY-MM') || ' (UTC)');
+      perform kakunin_private.make_append_only(format('kakunin_private.%I', v_name)::regclass);
+      execute format('alter table kakunin_private.ledger attach partition kakunin_private.%I for values from (%L) to (%L)',
+        v_name, to_char(v_month, 'YYYY-MM-DD') || ' 00:00:00+00',
+        to_char(v_month + interval '1 month', 'YYYY-MM-DD') || ' 00:00:00+00');
+      v_made := v_made || v_name::name;
+    end if;
+    v_month := v_month + interval '1 month';
+  end loop;
+  return v_made;
+end
+$$;
+comment on function kakunin.make_partitions(interval) is
+  'Makes the ledger''s monthly partitions that are missing from now until so far ahead; returns their names. The worker calls it. For kakunin_worker, kakunin_operator';
+
+create function kakunin_private.check_partitions() returns event_trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('kakunin_private.partitions') is null then
+    return;  -- the kit itself is being removed
+  end if;
+  if exists (
+       select from kakunin_private.partitions p
+        where p.archived_at is null
+          and not exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+                           where c.relname = p.name and c.relnamespace = 'kakunin_private'::regnamespace and i.inhparent = to_regclass('kakunin_private.ledger')))
+    or exists (
+       select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+        where i.inhparent = to_regclass('kakunin_private.ledger') and c.relname <> 'ledger_default'
+          and not exists (select from kakunin_private.partitions p where p.name = c.relname and p.archived_at is null))
+    or not exists (select from pg_inherits i where i.inhrelid = to_regclass('kakunin_private.ledger_default'))
+    or exists (
+       select from pg_class c
+        where (c.oid = to_regclass('kakunin_private.ledger')
+               or exists (select from pg_inherits i where i.inhrelid = c.oid and i.inhparent = to_regclass('kakunin_private.ledger')))
+          and not exists (select from pg_trigger t where t.tgrelid = c.oid and t.tgname = 'append_only' and t.tgenabled = 'A')) then
+    raise exception using errcode = 'KA006',
+      message = 'the ledger is append-only: its partitions and their triggers stay as they are',
+      hint = 'A partition that an exported, signed tree head covers leaves by kakunin.archive_partition().';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_partitions() is
+  'Event trigger: KA006 where DDL has detached, dropped or added a partition of the ledger, or taken its triggers away';
+
+create function kakunin.guard_ledger() returns void
+language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
+as $$
+begin
+  drop event trigger if exists kakunin_ledger_ddl;
+  drop event trigger if exists kakunin_ledger_drop;
+  create event trigger kakunin_ledger_ddl on ddl_command_end
+    when tag in ('ALTER TABLE', 'CREATE TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') execute function kakunin_private.check_partitions();
+  create event trigger kakunin_ledger_drop on sql_drop execute function kakunin_private.check_partitions();
+  comment on event trigger kakunin_ledger_ddl is 'KA006 where DDL would detach, add or unguard a partition of kakunin''s ledger';
+  comment on event trigger kakunin_ledger_drop is 'KA006 where DROP would take away a partition of kakunin''s ledger, or its triggers';
+end
+$$;
+comment on function kakunin.guard_ledger() is
+  'Makes the event triggers that refuse DDL on the ledger''s partitions. Event triggers are a superuser''s to make: run it once as one';
+
+-- Appending ------------------------------------------------------------------------------------------
+
+create function kakunin_private.rfc3339(p_at timestamptz) returns text
+language sql stable parallel safe
+return to_char(p_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"');
+comment on function kakunin_private.rfc3339(timestamptz) is 'The moment in UTC with microseconds, as entries have it';
+
+create function kakunin_private.leaf_hash(p_entry text) returns bytea
+language sql stable parallel safe
+return sha256(E'\\x00'::bytea || convert_to(p_entry, 'UTF8'));
+comment on function kakunin_private.leaf_hash(text) is 'The hash of an entry, RFC 6962 section 2.1: of a zero byte and its bytes';
+
+-- Not in a halt's or a revocation's way: NOTIFY takes a lock of the whole cluster and fails where its queue is full.
+create function kakunin_private.wake_worker() returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  -- One transaction wakes it, and the others go on. A queue that somebody else has half filled is left alone: the
+  -- worker looks by itself as well.
+  if pg_notification_queue_usage() < 0.5 then
+    update kakunin_private.sleeper s set asleep = false
+     where s.only_row = (select w.only_row from kakunin_private.sleeper w where w.asleep for update skip locked);
+    if found then
+      perform pg_notify('kakunin_ledger', '');
+    end if;
+  end if;
+end
+$$;
+comment on function kakunin_private.wake_worker() is 'Notifies the worker if it sleeps and nobody has yet';
+
+create function kakunin_private.append(
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid,
+  out event_id bigint, out recorded_at timestamptz, out chain bigint, out sequence bigint, out prev bytea, out hash bytea
+)
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_installation uuid;
+  v_asleep       boolean;
+  v_entry        text;
+begin
+  recorded_at := kakunin_private.clock();
+  select c.chain_id, c.sequence + 1, c.head,
+         (select i.installation_id from kakunin_private.installation i), (select s.asleep from kakunin_private.sleeper s)
+    into chain, sequence, prev, v_installation, v_asleep
+    from kakunin_private.chains c
+   where c.agent_id = p_chain_of
+   order by c.chain_id
+   limit 1
+     for update of c skip locked;
+  if chain is null then
+    insert into kakunin_private.chains as c (agent_id, sequence, head)
+    values (p_chain_of, 0, decode(repeat('00', 32), 'hex'))
+    returning c.chain_id, c.sequence + 1, c.head into chain, sequence, prev;
+    select i.installation_id, s.asleep into v_installation, v_asleep
+      from kakunin_private.installation i, kakunin_private.sleeper s;
+  end if;
+  -- Drawn while the chain is held, so that ids rise along it.
+  event_id := nextval('kakunin_private.event_ids');
+  v_entry := concat(
+    '{"kakunin":"entry/1","installation":"', v_installation,
+    '","event_id":', event_id,
+    ',"recorded_at":"', kakunin_private.rfc3339(recorded_at),
+    '","event_type":"', p_event_type,
+    case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
+    case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
+    ',"login":', to_json(session_user::text),
+    ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
+    ',"chain":', chain, ',"sequence":', sequence, ',"prev":"', encode(prev, 'hex'),
+    '","metadata":', p_metadata, '}');
+  hash := kakunin_private.leaf_hash(v_entry);
+  update kakunin_private.chains c set sequence = c.sequence + 1, head = append.hash where c.chain_id = append.chain;
+  insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
+  values (append.event_id, append.recorded_at, p_agent_id, pg_current_xact_id(), v_entry);
+  if v_asleep and p_chain_of <> '00000000-0000-0000-0000-000000000000' then
+    perform kakunin_private.wake_worker();
+  end if;
+end
+$$;
+comment on function kakunin_private.append(text, uuid, text, text, text, uuid) is
+  'Appends an entry to the first free chain of its owner (the nil UUID for decisions) and says where it stands';
+
+create function kakunin_private.record(p_event_type text, p_agent_id uuid, p_metadata jsonb) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  perform kakunin_private.append(
+    p_event_type, p_agent_id, null, null, p_metadata::text, '00000000-0000-0000-0000-000000000000');
+end
+$$;
+comment on function kakunin_private.record(text, uuid, jsonb) is 'Appends what was decided, and about which agent, to a chain that no agent can hold';
+
+create function kakunin.audit_log_append(event_type text, metadata jsonb default '{}', session_id text default null)
+returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_type     text collate "C" := event_type;
+  v_metadata text collate "C" := coalesce(metadata, '{}')::text;
+  v_serial   text collate "C" := kakunin.require_session();
+  v_agent_id uuid;
+  v_event    record;
+begin
+  if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
+    raise exception using errcode = 'KA010',
+      message = 'an event type is 1 to 64 characters from A-Z a-z 0-9 _ : -, and begins with a letter',
+      hint = 'Such as api_call, data_access or transaction_initiated. Names with a dot are the kit''s own.';
+  end if;
+  -- Small enough to stay in the row's page, so that sealing and verifying read no other.
+  if octet_length(v_metadata) > 16384 or octet_length(session_id) > 200 then
+    raise exception using errcode = 'KA010',
+      message = format('an event''s metadata is at most 16384 bytes of JSON and its session id 200; these have %s and %s',
+        octet_length(v_metadata), coalesce(octet_length(session_id), 0)),
+      hint = 'Keep what is large elsewhere, and put its SHA-256 here.';
+  end if;
+  select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  select * into v_event from kakunin_private.append(v_type, v_agent_id, v_serial, session_id, v_metadata, v_agent_id);
+  return jsonb_build_object(
+    'event_id', v_event.event_id,
+    'event_type', v_type,
+    'agent_id', v_agent_id,
+    'recorded_at', kakunin_private.rfc3339(v_event.recorded_at),
+    'chain', v_event.chain,
+    'sequence', v_event.sequence,
+    'hash', encode(v_event.hash, 'hex'),
+    'prev', encode(v_event.prev, 'hex'));
+end
+$$;
+comment on function kakunin.audit_log_append(text, jsonb, text) is
+  'Appends an event of the agent bound to this session to the ledger; returns event_id, chain, sequence and hashes. It stands when the transaction commits. For kakunin_agent and kakunin_gateway';
+
+-- Two branches, so that an agent reads its own by the index and an auditor scans. What an entry says is read from the
+-- entry. A view's functions are called with its reader's rights, so none here is of the private schema.
+create view kakunin.audit_log with (security_barrier = true) as
+  select e.event_id, e.recorded_at, j.entry ->> 'event_type' as event_type, e.agent_id, j.entry ->> 'serial' as serial,
+         j.entry ->> 'login' as login, j.entry ->> 'session_id' as session_id, j.entry -> 'metadata' as metadata,
+         (j.entry ->> 'chain')::bigint as chain, (j.entry ->> 'sequence')::bigint as sequence, j.entry ->> 'prev' as prev,
+         encode(sha256(E'\\x00'::bytea || convert_to(e.entry, 'UTF8')), 'hex') as hash, e.entry
+    from (select l.* from kakunin_private.ledger l where (select pg_has_role(current_user, 'kakunin_auditor', 'usage'))
+          union all
+          select l.* from kakunin_private.ledger l
+           where not (select pg_has_role(current_user, 'kakunin_auditor', 'usage'))
+             and l.agent_id = (select kakunin.current_agent_id())) e,
+         lateral (select e.entry::jsonb as entry) j;
+comment on view kakunin.audit_log is
+  'The ledger''s entries: the bound agent''s own, or all of them for kakunin_auditor. For kakunin_agent, kakunin_gateway, kakunin_auditor';
+
+do $$ begin perform kakunin.make_partitions(); end $$;
