@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import commands
+from . import audit_commands, commands
 from .errors import BadInputError, KakuninError
 
 # Server states whose own message does not say what to do.
@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     _authority_commands(_group(groups, "ca", "certificate authorities"))
     _agent_commands(_group(groups, "agent", "agents, their certificates, and taking them away"))
     _other_commands(groups)
+    _audit_commands(_group(groups, "audit", "the ledger: its key, its proofs, reading it out"))
+    _worker_commands(groups)
     demo = groups.add_parser("demo", help="start a Postgres, bind two agents, show who sees what")
     demo.set_defaults(run=_demo)
     return parser
@@ -366,6 +368,149 @@ def _other_commands(groups: Any) -> None:
     command.add_argument("path", metavar="PATH", help="a file; - for stdin")
 
 
+def _audit_commands(group: Any) -> None:
+    auditor = "kakunin_auditor"
+    command = _add(
+        group,
+        "init",
+        audit_commands.init,
+        "make the key that signs tree heads",
+        role="kakunin_operator",
+        needs="keys",
+    )
+    command.add_argument(
+        "--days", metavar="N", type=_days(3652), help="how long its certificate is valid; default 5 years"
+    )
+    command.add_argument("--another", action="store_true", help="even where the ledger has a key already")
+
+    command = _add(
+        group,
+        "verify",
+        audit_commands.verify,
+        "verify a bundle, a proof or the ledger in a database; exit status 1 where anything is wrong",
+        role=auditor,
+        needs="nothing",
+    )
+    command.add_argument(
+        "file", nargs="?", metavar="FILE", help="a bundle or a proof; - for stdin; default: the database"
+    )
+    command.add_argument("--dsn", default=os.environ.get("KAKUNIN_DSN"), help="default $KAKUNIN_DSN")
+    command.add_argument(
+        "--ca",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the certificate of a root authority that you trust, PEM or DER; repeatable",
+    )
+    _add_witness(command, "where tree heads were kept; repeatable")
+
+    command = _add(
+        group, "export", audit_commands.export, "write the ledger to a bundle, JSON lines", role=auditor
+    )
+    command.add_argument("--out", metavar="FILE", required=True, help="never over a file; - for stdout")
+    command.add_argument(
+        "--from",
+        dest="start",
+        metavar="SIZE",
+        type=_number(0, 10**15),
+        default=0,
+        help="begin where an export that ended at this tree size left off",
+    )
+    command.add_argument(
+        "--size", metavar="SIZE", type=_number(1, 10**15), help="of the tree head to end with"
+    )
+
+    command = _add(group, "prove", audit_commands.prove, "prove that an event is in the ledger", role=auditor)
+    command.add_argument("event_id", metavar="EVENT_ID", type=_number(1, 10**15))
+    command.add_argument(
+        "--size", metavar="SIZE", type=_number(1, 10**15), help="of the tree head to prove it by"
+    )
+
+    command = _add(
+        group,
+        "consistency",
+        audit_commands.consistency,
+        "prove that one tree head continues another",
+        role=auditor,
+    )
+    command.add_argument("first", metavar="SIZE", type=_number(1, 10**15))
+    command.add_argument("second", metavar="SIZE", type=_number(1, 10**15))
+
+    command = _add(group, "list", audit_commands.listing, "list the newest entries", role=auditor)
+    command.add_argument("--agent", metavar="AGENT_ID", type=_agent_id)
+    command.add_argument("--type", metavar="EVENT_TYPE", type=_text(64))
+    command.add_argument("--since", metavar="TIME", type=_time, help="ISO 8601, as 2026-11-23T08:00Z")
+    command.add_argument(
+        "--limit", metavar="N", type=_number(1, 1_000_000), default=50, help="default: %(default)s"
+    )
+
+    _add(
+        group,
+        "witness-sql",
+        audit_commands.witness_sql,
+        "print what a database needs that is to be a witness",
+        needs="nothing",
+    )
+
+
+def _worker_commands(groups: Any) -> None:
+    command = _add(
+        groups,
+        "worker",
+        audit_commands.worker,
+        "seal the ledger and sign its tree heads, until it is told to stop",
+        role="kakunin_worker",
+        needs="keys",
+    )
+    for option, kind, default, text in (
+        ("--interval", _seconds(0.1, 60), 1.0, "seconds between two rounds: entries are signed within it"),
+        ("--poll", _seconds(0.1, 60), 1.0, "seconds after which it looks though nobody has woken it"),
+        ("--lease", _seconds(1, 300), 6.0, "seconds after which another worker takes over"),
+        ("--batch", _number(1, 1_000_000), 100_000, "entries to one transaction"),
+        ("--witness-every", _seconds(1, 86400), 60.0, "seconds between two tree heads for a witness"),
+    ):
+        variable = "KAKUNIN_WORKER_" + option.lstrip("-").replace("-", "_").upper()
+        command.add_argument(
+            option,
+            type=kind,
+            metavar="N",
+            default=os.environ.get(variable) or default,  # a text is read by type
+            help=f"{text}; default ${variable} or {default:g}",
+        )
+    _add_witness(command, "where tree heads are kept as well; repeatable")
+    command.add_argument(
+        "--metrics",
+        metavar="[HOST:]PORT",
+        type=_address,
+        help="serve Prometheus metrics; default host 127.0.0.1",
+    )
+    command.add_argument(
+        "--log-format", choices=("json", "text"), default="json", help="default: %(default)s"
+    )
+    command.add_argument("--verbose", action="store_true", help="log every batch")
+
+    command = _add(
+        groups,
+        "health",
+        audit_commands.health,
+        "say how far sealing and signing are; exit status 1 where somebody should look",
+        role="kakunin_auditor",
+    )
+    command.add_argument(
+        "--max-lag", metavar="SECONDS", type=_seconds(0, 86400), default=30.0, help="default: %(default)g"
+    )
+
+
+def _add_witness(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument(
+        "--witness",
+        action="append",
+        default=[],
+        metavar="URI",
+        help=f"{text}: file:/path, s3://bucket/prefix or postgresql://...",
+    )
+
+
 def _add_agent_id(command: argparse.ArgumentParser) -> None:
     command.add_argument("agent_id", metavar="AGENT_ID", type=_agent_id)
 
@@ -428,11 +573,35 @@ def _text(longest: int) -> Callable[[str], str]:
 
 def _number(least: int, most: int) -> Callable[[str], int]:
     def check(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        if not re.fullmatch("[0-9]{1,15}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"a whole number from {least} to {most}")
         return int(text)
 
     return check
+
+
+def _seconds(least: float, most: float) -> Callable[[str], float]:
+    def check(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text) or not least <= float(text) <= most:
+            raise argparse.ArgumentTypeError(f"seconds from {least:g} to {most:g}")
+        return float(text)
+
+    return check
+
+
+def _address(text: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(?:(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):)?([0-9]{1,5})", text)
+    if not found or not 1 <= int(found[2]) <= 65535:
+        raise argparse.ArgumentTypeError("a port, or host:port")
+    return (found[1] or "127.0.0.1").strip("[]"), int(found[2])
+
+
+def _time(text: str) -> dt.datetime:
+    try:
+        moment = dt.datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("a time of ISO 8601, as 2026-11-23T08:00Z") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
 
 
 def _days(most: int) -> Callable[[str], dt.timedelta]:

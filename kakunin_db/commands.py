@@ -45,7 +45,8 @@ class Refused(Exception):  # noqa: N818
 def run(options: argparse.Namespace) -> int:
     """Performs the command; returns its exit status."""
     if options.needs == "nothing":
-        return model_hash(options)
+        done: int = options.do(options)
+        return done
     options.dsn = checked_dsn(options)
     if options.needs == "keys" and not options.keys:
         raise Refused("no key store is named", f"Give --keys or set KAKUNIN_KEYS: {_KEYS}", status=2)

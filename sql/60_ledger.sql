@@ -54,11 +54,13 @@ create table kakunin_private.partitions (
   name        name primary key,
   from_at     timestamptz not null,
   to_at       timestamptz not null,
+  attached    boolean not null default false,
   archived_at timestamptz,
   archived    int8multirange,
   check ((archived_at is null) = (archived is null))
 );
 comment on table kakunin_private.partitions is 'The partitions of the ledger by time: those that are live, and those that were archived';
+comment on column kakunin_private.partitions.attached is 'Whether it has become one, and has to be one from then on';
 comment on column kakunin_private.partitions.archived is 'Which leaves of the tree its entries are';
 
 -- A row each for what is written at different moments by different people: none waits for another.
@@ -130,6 +132,7 @@ begin
       execute format('alter table kakunin_private.ledger attach partition kakunin_private.%I for values from (%L) to (%L)',
         v_name, to_char(v_month, 'YYYY-MM-DD') || ' 00:00:00+00',
         to_char(v_month + interval '1 month', 'YYYY-MM-DD') || ' 00:00:00+00');
+      update kakunin_private.partitions p set attached = true where p.name = v_name::name;
       v_made := v_made || v_name::name;
     end if;
     v_month := v_month + interval '1 month';
@@ -149,7 +152,7 @@ begin
   end if;
   if exists (
        select from kakunin_private.partitions p
-        where p.archived_at is null
+        where p.attached and p.archived_at is null
           and not exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
                            where c.relname = p.name and c.relnamespace = 'kakunin_private'::regnamespace and i.inhparent = to_regclass('kakunin_private.ledger')))
     or exists (

@@ -246,6 +246,16 @@ begin
     raise exception using errcode = 'KA010', message = 'a batch is of 1 to 1000000 entries';
   end if;
   perform kakunin_private.check_snapshot_is_fresh('sealing');
+  -- Looked at first without a lock: it is asked every second, and mostly there is nothing.
+  select * into strict v_tree from kakunin_private.tree t;
+  if v_tree.sealing is null
+    and pg_snapshot_xmax(pg_current_snapshot())::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric between 0 and 10000
+    and not exists (
+      select from kakunin_private.ledger l
+       where (l.xid >= pg_snapshot_xmax(v_tree.sealed) or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
+         and l.event_id > v_tree.floor) then
+    return jsonb_build_object('sealed', 0, 'more', false, 'tree_size', v_tree.tree_size);
+  end if;
   select * into strict v_tree from kakunin_private.tree t for update;
   v_sealing := coalesce(v_tree.sealing, kakunin_private.committed_snapshot());
   if pg_snapshot_xmax(v_tree.sealed) > pg_snapshot_xmax(v_sealing) then
@@ -271,10 +281,7 @@ begin
   update kakunin_private.tree t
      set sealed = case when v_count < max_entries then v_sealing else t.sealed end,
          sealing = case when v_count < max_entries then null else v_sealing end,
-         after = case when v_count < max_entries then 0 else v_ids[v_count] end
-   -- With nothing to do nothing is written, but for once in a while: the snapshot must not fall far behind.
-   where v_count > 0 or v_tree.sealing is not null or v_tree.sealed is null
-      or pg_snapshot_xmax(v_sealing)::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric > 10000;
+         after = case when v_count < max_entries then 0 else v_ids[v_count] end;
   return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries, 'tree_size', v_tree.tree_size + v_count);
 end
 $$;
@@ -434,7 +441,8 @@ create view kakunin.ledger_keys with (security_barrier = true) as
 comment on view kakunin.ledger_keys is 'Keys that sign tree heads, and their certificates. For all the kit''s roles';
 
 create view kakunin.tree_heads with (security_barrier = true) as
-  select h.tree_size, h."timestamp", h.root, h.key_id, h.signature, h.published_at, h.published_by from kakunin_private.tree_heads h;
+  select k.installation_id, h.tree_size, h."timestamp", h.root, h.key_id, h.signature, h.published_at, h.published_by
+    from kakunin_private.tree_heads h join kakunin_private.ledger_keys k on k.key_id = h.key_id;
 comment on view kakunin.tree_heads is 'Signed tree heads, for whoever keeps them elsewhere. For all the kit''s roles';
 
 -- The worker -----------------------------------------------------------------------------------------
@@ -560,18 +568,19 @@ language sql immutable parallel safe
 return (select max(1::bigint << i) from generate_series(0, 62) i where 1::bigint << i < p_below);
 comment on function kakunin_private.largest_power(bigint) is 'The largest power of two below a number from 2 on: where RFC 6962 splits a tree';
 
-create function kakunin_private.check_tree_size(p_size bigint) returns void
+create function kakunin_private.check_tree_size(p_size bigint, p_signed boolean default true) returns void
 language plpgsql stable parallel restricted
 as $$
 begin
-  if not exists (select from kakunin_private.tree_heads h where h.tree_size = p_size) then
+  if not exists (select from kakunin_private.tree_heads h where h.tree_size = p_size)
+    and not (p_signed is false and exists (select from kakunin_private.batches b where b.tree_size = p_size)) then
     raise exception using errcode = 'KA010',
       message = format('there is no signed tree head of size %s', coalesce(p_size::text, 'NULL')),
       hint = 'select tree_size from kakunin.tree_heads lists them.';
   end if;
 end
 $$;
-comment on function kakunin_private.check_tree_size(bigint) is 'KA010 unless a tree head of this size was signed';
+comment on function kakunin_private.check_tree_size(bigint, boolean) is 'KA010 unless a tree head of this size was signed, or is to be';
 
 create function kakunin.inclusion_proof(event_id bigint, tree_size bigint default null) returns jsonb
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -633,8 +642,8 @@ declare
   v_whole boolean := true;
   v_path  jsonb := '[]'::jsonb;
 begin
-  perform kakunin_private.check_tree_size(first_size);
-  perform kakunin_private.check_tree_size(second_size);
+  perform kakunin_private.check_tree_size(first_size, false);
+  perform kakunin_private.check_tree_size(second_size, false);
   if first_size > second_size then
     raise exception using errcode = 'KA010', message = 'the first tree of a consistency proof is not larger than the second';
   end if;
@@ -659,7 +668,7 @@ begin
 end
 $$;
 comment on function kakunin.consistency_proof(bigint, bigint) is
-  'That the tree of the second size begins with that of the first: the path of RFC 6962 section 2.1.2. For kakunin_auditor';
+  'That the tree of the second size begins with that of the first: the path of RFC 6962 section 2.1.2. For kakunin_auditor, and for kakunin_worker, which signs nothing that does not continue what it signed';
 
 -- Reading it out -------------------------------------------------------------------------------------
 

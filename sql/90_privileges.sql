@@ -50,7 +50,7 @@ grant execute on function kakunin.current_agent_id() to kakunin_auditor;  -- the
 -- The worker seals and signs. It reads no entry.
 grant execute on function
   kakunin.seal_ledger(integer), kakunin.tree_head_to_sign(), kakunin.publish_tree_head(bigint, bigint, text, bytea),
-  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger()
+  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
   to kakunin_worker;
 grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
 grant execute on function kakunin.ledger_status() to kakunin_worker, kakunin_operator, kakunin_auditor;

@@ -25,6 +25,8 @@ from .results import (
     Certificate,
     CertificateVerification,
     HaltReceipt,
+    LedgerKey,
+    LedgerStatus,
     MessageVerification,
     Pending,
     RevocationList,
@@ -44,6 +46,8 @@ __all__ = [
     "CertificateVerification",
     "HaltReceipt",
     "Kakunin",
+    "LedgerKey",
+    "LedgerStatus",
     "MessageVerification",
     "Pending",
     "RevocationList",
@@ -267,6 +271,27 @@ class Certificates(_Resource):
         return self._run(ops.revoke(self._setup, serial, reason))
 
 
+class Ledger(_Resource):
+    """The ledger's keys, and how far its signatures are. Making and revoking a key needs kakunin_operator."""
+
+    def create_key(self, *, lifetime: dt.timedelta | None = None) -> LedgerKey:
+        """Makes the key that signs tree heads, in ``keys``, certified by an authority (default: for 5 years,
+        or what that has left) and registered. Earlier keys stay good. Raises SignerError, BadInputError."""
+        return self._run(ops.create_ledger_key(self._setup, lifetime=lifetime))
+
+    def keys(self) -> List[LedgerKey]:
+        """All of them, the newest first."""
+        return self._run(ops.ledger_keys())
+
+    def revoke_key(self, key_id: str, reason: str = "unspecified") -> dt.datetime:
+        """Takes no more tree heads by this key; returns when it was first revoked."""
+        return self._run(ops.revoke_ledger_key(key_id, reason))
+
+    def status(self) -> LedgerStatus:
+        """How far sealing and signing are. Needs kakunin_worker, kakunin_operator or kakunin_auditor."""
+        return self._run(ops.ledger_status())
+
+
 class Verify(_Resource):
     """What anybody may ask."""
 
@@ -316,6 +341,7 @@ class Kakunin:
         self.authorities = Authorities(self._connector, setup)
         self.agents = Agents(self._connector, setup)
         self.certificates = Certificates(self._connector, setup)
+        self.ledger = Ledger(self._connector, setup)
         self.verify = Verify(self._connector, setup)
 
     def close(self) -> None:
@@ -483,6 +509,22 @@ class AsyncCertificates(_AsyncResource):
         return await self._run(ops.revoke(self._setup, serial, reason))
 
 
+class AsyncLedger(_AsyncResource):
+    """:class:`Ledger`, to be awaited."""
+
+    async def create_key(self, *, lifetime: dt.timedelta | None = None) -> LedgerKey:
+        return await self._run(ops.create_ledger_key(self._setup, lifetime=lifetime))
+
+    async def keys(self) -> List[LedgerKey]:
+        return await self._run(ops.ledger_keys())
+
+    async def revoke_key(self, key_id: str, reason: str = "unspecified") -> dt.datetime:
+        return await self._run(ops.revoke_ledger_key(key_id, reason))
+
+    async def status(self) -> LedgerStatus:
+        return await self._run(ops.ledger_status())
+
+
 class AsyncVerify(_AsyncResource):
     """:class:`Verify` for asyncio."""
 
@@ -518,6 +560,7 @@ class AsyncKakunin:
         self.authorities = AsyncAuthorities(self._connector, setup)
         self.agents = AsyncAgents(self._connector, setup)
         self.certificates = AsyncCertificates(self._connector, setup)
+        self.ledger = AsyncLedger(self._connector, setup)
         self.verify = AsyncVerify(self._connector, setup)
 
     async def aclose(self) -> None:

@@ -40,6 +40,8 @@ from .results import (
     Certificate,
     CertificateVerification,
     HaltReceipt,
+    LedgerKey,
+    LedgerStatus,
     MessageVerification,
     Pending,
     RevocationList,
@@ -463,6 +465,49 @@ def _issue(
             raise
     found = yield from get_certificate(issued.serial)
     return replace(found, key_id=signer.key_id)
+
+
+# The ledger's key ------------------------------------------------------------------------------------
+
+
+def ledger_keys() -> Steps[list[LedgerKey]]:
+    rows = yield Query(
+        f"select {_columns(LedgerKey)} from kakunin.ledger_keys order by not_before desc, key_id"
+    )
+    return [LedgerKey(**row) for row in rows]
+
+
+def create_ledger_key(setup: Setup, *, lifetime: dt.timedelta | None) -> Steps[LedgerKey]:
+    """The key, a certificate for it, and its registration; the key goes again if that fails."""
+    ca: CertificateAuthority = yield from _open_authority(setup, to_certify=True)
+    installation = (yield Query("select kakunin.installation_id() as id"))[0]["id"]
+    store = yield lambda: setup.store(ca=False)
+    signer = yield Whole(lambda: store.create(f"ledger {installation}"))
+    registered: Query | None = None
+    try:
+        certificate = yield lambda: ca.issue_ledger_key(installation, signer.public_key(), lifetime=lifetime)
+        der = certificate.public_bytes(serialization.Encoding.DER)
+        registered = Query("select from kakunin.ledger_keys where der = %s", [der])
+        yield Query("select kakunin.register_ledger_key(%s)", [der])
+    except BaseException as error:
+        stands = yield from _take_back(error, store, [signer], registered)
+        if not (stands and isinstance(error, Exception)):
+            raise
+    return next(key for key in (yield from ledger_keys()) if key.der == der)
+
+
+def revoke_ledger_key(key_id: str, reason: str) -> Steps[dt.datetime]:
+    rows = yield Query("select kakunin.revoke_ledger_key(%s, %s) as revoked_at", [key_id, reason])
+    revoked_at: dt.datetime = rows[0]["revoked_at"]
+    return revoked_at
+
+
+def ledger_status() -> Steps[LedgerStatus]:
+    status = (yield Query("select kakunin.ledger_status() as status"))[0]["status"]
+    for member in ("last_signed_at", "leader_since", "partitions_until", "key_expires_at"):
+        if status[member] is not None:
+            status[member] = dt.datetime.fromisoformat(status[member])
+    return LedgerStatus(**status)
 
 
 def rotate(

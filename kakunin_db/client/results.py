@@ -35,6 +35,46 @@ class Agent:
 
 
 @dataclass(frozen=True)
+class LedgerKey:
+    """A key that signs the ledger's tree heads."""
+
+    key_id: str
+    serial: str
+    installation_id: uuid.UUID
+    issuer_key_id: str
+    not_before: dt.datetime
+    not_after: dt.datetime
+    registered_at: dt.datetime
+    registered_by: str
+    revoked_at: dt.datetime | None
+    revocation_reason: str | None
+    der: bytes
+
+    @property
+    def pem(self) -> str:
+        certificate = x509.load_der_x509_certificate(self.der)
+        return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+@dataclass(frozen=True)
+class LedgerStatus:
+    """How far sealing and signing are. ``lag_seconds`` is the age of the oldest committed entry without a
+    signature; ``leader`` the worker that leads, None where none does."""
+
+    tree_size: int
+    signed_size: int
+    lag_entries: int
+    lag_seconds: float
+    last_signed_at: dt.datetime | None
+    leader: str | None
+    leader_since: dt.datetime | None
+    exported_size: int
+    partitions_until: dt.datetime | None
+    in_default_partition: bool
+    key_expires_at: dt.datetime | None
+
+
+@dataclass(frozen=True)
 class AgentUpdate:
     """``next`` says what to do when certificates were revoked."""
 

@@ -258,7 +258,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What verifying a bundle found: ``findings`` are the first 100 of ``count``.
+    """What verifying a bundle found: ``findings`` are the first 100 of ``count``, and those about its end.
 
     ``tree_size`` is how many leaves the bundle lists up to its end, those before a later part included;
     ``entries`` how many entries it has; ``heads`` how many tree heads verified, signature and root;
@@ -361,6 +361,7 @@ class _Verifier:
         self.witnesses = list(witnesses)
         self.progress = progress or (lambda _: None)
         self.findings: list[Finding] = []
+        self.limit = MAX_FINDINGS
         self.count = 0
         self.entries = self.heads = self.archived = 0
         # How far certificates have come: 0 authorities, 1 ledger keys, 2 agents' certificates, 3 the ledger
@@ -369,6 +370,7 @@ class _Verifier:
         self.authorities: list[x509.Certificate] = []
         self.installation: uuid.UUID | None = None
         self.agents: dict[str, str] = {"null": "null"}
+        self.wrong_agents: set[tuple[str, str]] = set()
         self.pattern = _ANY_ENTRY
         # The tree of the listed hashes; and of the entries' own, where these differ since the last tree head.
         self.frontier = Frontier()
@@ -404,7 +406,7 @@ class _Verifier:
     def find(self, kind: Kind, index: int, message: str, event_id: int | None = None) -> int | None:
         """Its place among the findings that are kept."""
         self.count += 1
-        if len(self.findings) >= MAX_FINDINGS:
+        if len(self.findings) >= self.limit:
             return None
         self.findings.append(Finding(kind, index, event_id, message))
         return len(self.findings) - 1
@@ -446,12 +448,13 @@ class _Verifier:
     def header(self, line: bytes | None) -> None:
         try:
             content = _parse_header(line)
-            self.installation = from_uuid(content["installation"])
+            installation = from_uuid(content["installation"])
             first = content["first_index"]
             self.frontier = Frontier(first, [from_hex(node, HASH_SIZE) for node in content["frontier"]])
         except (LedgerIntegrityError, BadInputError) as error:
             self.find("malformed", 0, f"The first line is not that of a bundle: {error}.")
             raise _Stop from error
+        self.installation = installation
         self.first_index = self.covered = self.reached = first
         self.expect_first_head = first > 0
         # What a chain was before the bundle is not known.
@@ -648,12 +651,6 @@ class _Verifier:
             return
         self.last = head
         root = self.frontier.root()
-        if size in self.ahead:
-            place, early = self.ahead.pop(size)
-            if early == root:
-                self.replace(
-                    place, "reordered", size, f"The tree head over {size} entries stands before them."
-                )
         if head.root == root:
             self.good, self.covered, self.lost = head, size, False
             self.heads += 1
@@ -698,7 +695,8 @@ class _Verifier:
                 "altered",
                 self.covered,
                 f"Entries were changed along with their listed hashes, somewhere from {self.covered}"
-                f" to {size - 1}: the tree head over {self.covered} entries fits, and that over {size} does not.",
+                f" to {size - 1}: the tree head over {self.covered} entries fits, and that over {size} does"
+                " not.",
             )
             self.damage = place, self.covered, size
 
@@ -770,9 +768,15 @@ class _Verifier:
             self.lost = True
         before = self.frontier.copy()
         line = self.segment(listed, source, before)
-        self.boundaries[self.position] = self.frontier.root()
+        root = self.frontier.root()
+        self.boundaries[self.position] = root
         if len(self.boundaries) > 128:
             del self.boundaries[next(iter(self.boundaries))]
+        place, early = self.ahead.pop(self.position, (None, b""))
+        if early == root:
+            # So nothing is missing: it was the head.
+            size = self.position
+            self.replace(place, "reordered", size, f"The tree head over {size} entries stands before them.")
         self.progress(self.position)
         return line
 
@@ -832,6 +836,10 @@ class _Verifier:
         return len(line) > MAX_LINE or (kind is not None and kind[1].decode() in _OTHERS)
 
     def wrong_agent(self, index: int, event_id: int, agent: str, serial: str) -> None:
+        # Once, or each entry of an agent whose certificate is not good would be one.
+        if (agent, serial) in self.wrong_agents or len(self.wrong_agents) > MAX_FINDINGS:
+            return
+        self.wrong_agents.add((agent, serial))
         known = self.agents.get(serial)
         why = f"is that of agent {known}" if known else "is in no certificate of the bundle that verifies"
         self.find(
@@ -1155,6 +1163,8 @@ class _Verifier:
         if self.installation is None:
             return
         self.begin()
+        # What is about the whole is told however much was found before.
+        self.limit = len(self.findings) + 10
         self.tell_suspects(
             "in a part that no tree head covers" if self.position > self.reached else "unsigned"
         )

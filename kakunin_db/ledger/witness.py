@@ -363,7 +363,8 @@ class S3Witness:
         hints = {
             "AccessDenied": "Grant s3:PutObject, s3:PutObjectRetention, s3:GetObject, s3:GetObjectVersion and"
             " s3:ListBucketVersions to the caller.",
-            "InvalidRequest": "The bucket needs Object Lock: aws s3api create-bucket --object-lock-enabled-for-bucket",
+            "InvalidRequest": "The bucket needs Object Lock:"
+            " aws s3api create-bucket --object-lock-enabled-for-bucket",
             "NoSuchBucket": "Check the bucket's name, and the account and region it is in.",
         }
         return WitnessError(

@@ -3146,11 +3146,13 @@ create table kakunin_private.partitions (
   name        name primary key,
   from_at     timestamptz not null,
   to_at       timestamptz not null,
+  attached    boolean not null default false,
   archived_at timestamptz,
   archived    int8multirange,
   check ((archived_at is null) = (archived is null))
 );
 comment on table kakunin_private.partitions is 'The partitions of the ledger by time: those that are live, and those that were archived';
+comment on column kakunin_private.partitions.attached is 'Whether it has become one, and has to be one from then on';
 comment on column kakunin_private.partitions.archived is 'Which leaves of the tree its entries are';
 
 -- A row each for what is written at different moments by different people: none waits for another.
@@ -3222,6 +3224,7 @@ begin
       execute format('alter table kakunin_private.ledger attach partition kakunin_private.%I for values from (%L) to (%L)',
         v_name, to_char(v_month, 'YYYY-MM-DD') || ' 00:00:00+00',
         to_char(v_month + interval '1 month', 'YYYY-MM-DD') || ' 00:00:00+00');
+      update kakunin_private.partitions p set attached = true where p.name = v_name::name;
       v_made := v_made || v_name::name;
     end if;
     v_month := v_month + interval '1 month';
@@ -3241,7 +3244,7 @@ begin
   end if;
   if exists (
        select from kakunin_private.partitions p
-        where p.archived_at is null
+        where p.attached and p.archived_at is null
           and not exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
                            where c.relname = p.name and c.relnamespace = 'kakunin_private'::regnamespace and i.inhparent = to_regclass('kakunin_private.ledger')))
     or exists (
@@ -3676,6 +3679,16 @@ begin
     raise exception using errcode = 'KA010', message = 'a batch is of 1 to 1000000 entries';
   end if;
   perform kakunin_private.check_snapshot_is_fresh('sealing');
+  -- Looked at first without a lock: it is asked every second, and mostly there is nothing.
+  select * into strict v_tree from kakunin_private.tree t;
+  if v_tree.sealing is null
+    and pg_snapshot_xmax(pg_current_snapshot())::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric between 0 and 10000
+    and not exists (
+      select from kakunin_private.ledger l
+       where (l.xid >= pg_snapshot_xmax(v_tree.sealed) or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
+         and l.event_id > v_tree.floor) then
+    return jsonb_build_object('sealed', 0, 'more', false, 'tree_size', v_tree.tree_size);
+  end if;
   select * into strict v_tree from kakunin_private.tree t for update;
   v_sealing := coalesce(v_tree.sealing, kakunin_private.committed_snapshot());
   if pg_snapshot_xmax(v_tree.sealed) > pg_snapshot_xmax(v_sealing) then
@@ -3701,10 +3714,7 @@ begin
   update kakunin_private.tree t
      set sealed = case when v_count < max_entries then v_sealing else t.sealed end,
          sealing = case when v_count < max_entries then null else v_sealing end,
-         after = case when v_count < max_entries then 0 else v_ids[v_count] end
-   -- With nothing to do nothing is written, but for once in a while: the snapshot must not fall far behind.
-   where v_count > 0 or v_tree.sealing is not null or v_tree.sealed is null
-      or pg_snapshot_xmax(v_sealing)::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric > 10000;
+         after = case when v_count < max_entries then 0 else v_ids[v_count] end;
   return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries, 'tree_size', v_tree.tree_size + v_count);
 end
 $$;
@@ -3864,7 +3874,8 @@ create view kakunin.ledger_keys with (security_barrier = true) as
 comment on view kakunin.ledger_keys is 'Keys that sign tree heads, and their certificates. For all the kit''s roles';
 
 create view kakunin.tree_heads with (security_barrier = true) as
-  select h.tree_size, h."timestamp", h.root, h.key_id, h.signature, h.published_at, h.published_by from kakunin_private.tree_heads h;
+  select k.installation_id, h.tree_size, h."timestamp", h.root, h.key_id, h.signature, h.published_at, h.published_by
+    from kakunin_private.tree_heads h join kakunin_private.ledger_keys k on k.key_id = h.key_id;
 comment on view kakunin.tree_heads is 'Signed tree heads, for whoever keeps them elsewhere. For all the kit''s roles';
 
 -- The worker -----------------------------------------------------------------------------------------
@@ -3990,18 +4001,19 @@ language sql immutable parallel safe
 return (select max(1::bigint << i) from generate_series(0, 62) i where 1::bigint << i < p_below);
 comment on function kakunin_private.largest_power(bigint) is 'The largest power of two below a number from 2 on: where RFC 6962 splits a tree';
 
-create function kakunin_private.check_tree_size(p_size bigint) returns void
+create function kakunin_private.check_tree_size(p_size bigint, p_signed boolean default true) returns void
 language plpgsql stable parallel restricted
 as $$
 begin
-  if not exists (select from kakunin_private.tree_heads h where h.tree_size = p_size) then
+  if not exists (select from kakunin_private.tree_heads h where h.tree_size = p_size)
+    and not (p_signed is false and exists (select from kakunin_private.batches b where b.tree_size = p_size)) then
     raise exception using errcode = 'KA010',
       message = format('there is no signed tree head of size %s', coalesce(p_size::text, 'NULL')),
       hint = 'select tree_size from kakunin.tree_heads lists them.';
   end if;
 end
 $$;
-comment on function kakunin_private.check_tree_size(bigint) is 'KA010 unless a tree head of this size was signed';
+comment on function kakunin_private.check_tree_size(bigint, boolean) is 'KA010 unless a tree head of this size was signed, or is to be';
 
 create function kakunin.inclusion_proof(event_id bigint, tree_size bigint default null) returns jsonb
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -4063,8 +4075,8 @@ declare
   v_whole boolean := true;
   v_path  jsonb := '[]'::jsonb;
 begin
-  perform kakunin_private.check_tree_size(first_size);
-  perform kakunin_private.check_tree_size(second_size);
+  perform kakunin_private.check_tree_size(first_size, false);
+  perform kakunin_private.check_tree_size(second_size, false);
   if first_size > second_size then
     raise exception using errcode = 'KA010', message = 'the first tree of a consistency proof is not larger than the second';
   end if;
@@ -4089,7 +4101,7 @@ begin
 end
 $$;
 comment on function kakunin.consistency_proof(bigint, bigint) is
-  'That the tree of the second size begins with that of the first: the path of RFC 6962 section 2.1.2. For kakunin_auditor';
+  'That the tree of the second size begins with that of the first: the path of RFC 6962 section 2.1.2. For kakunin_auditor, and for kakunin_worker, which signs nothing that does not continue what it signed';
 
 -- Reading it out -------------------------------------------------------------------------------------
 
@@ -4299,7 +4311,7 @@ grant execute on function kakunin.current_agent_id() to kakunin_auditor;  -- the
 -- The worker seals and signs. It reads no entry.
 grant execute on function
   kakunin.seal_ledger(integer), kakunin.tree_head_to_sign(), kakunin.publish_tree_head(bigint, bigint, text, bytea),
-  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger()
+  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
   to kakunin_worker;
 grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
 grant execute on function kakunin.ledger_status() to kakunin_worker, kakunin_operator, kakunin_auditor;

@@ -1,0 +1,469 @@
+"""What the commands about the ledger do and print: ``audit``, ``worker`` and ``health``.
+
+What reads the ledger out of a database puts that on record first, in the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime as dt
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .commands import Refused, _answer, _answer_rows, _client, _note, _read, _shown, checked_dsn
+from .errors import BadInputError, KakuninError, LedgerIntegrityError
+
+if TYPE_CHECKING:
+    import psycopg
+    from cryptography import x509
+
+    from .ledger import Report, TreeHead
+
+
+@contextlib.contextmanager
+def _connected(
+    options: argparse.Namespace, command: str, details: dict[str, Any] | None = None
+) -> Iterator[psycopg.Connection[Any]]:
+    """A connection of an auditor's, once it is on record what it is for."""
+    import psycopg  # noqa: PLC0415
+
+    name = "kakunin-db audit"
+    with psycopg.connect(
+        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
+    ) as connection:
+        connection.execute("select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})])
+        yield connection
+
+
+@contextlib.contextmanager
+def _progress(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, where rich is installed (it is an extra); otherwise nothing."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda _: None
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+# The key ----------------------------------------------------------------------------------------------
+
+
+def init(options: argparse.Namespace) -> int:
+    with _client(options) as kakunin:
+        now = dt.datetime.now(dt.timezone.utc)
+        status = kakunin.ledger.status()
+        if status.key_expires_at is not None and status.key_expires_at > now and not options.another:
+            raise BadInputError(
+                f"the ledger has a key already, good until {_shown(status.key_expires_at)}",
+                "--another makes one more, which the worker then takes.",
+            )
+        key = kakunin.ledger.create_key(lifetime=options.days)
+    _answer(
+        options,
+        key,
+        [
+            ("key_id", key.key_id),
+            ("valid", f"{_shown(key.not_before)} to {_shown(key.not_after)}"),
+            ("issuer", key.issuer_key_id),
+        ],
+    )
+    return 0
+
+
+# Verification -----------------------------------------------------------------------------------------
+
+
+def _roots(paths: list[str]) -> list[x509.Certificate]:
+    from cryptography import x509  # noqa: PLC0415
+
+    found: list[x509.Certificate] = []
+    for path in paths:
+        content = _read(path)
+        try:
+            if b"-----BEGIN" in content:
+                found += x509.load_pem_x509_certificates(content)
+            else:
+                found.append(x509.load_der_x509_certificate(content))
+        except ValueError as error:
+            raise BadInputError(
+                f"{path} is not a certificate", "Give that of a root authority, PEM or DER."
+            ) from error
+    # A chain is given as well as a root; what is below the root comes with the bundle.
+    roots = [certificate for certificate in found if certificate.subject == certificate.issuer]
+    return roots or found
+
+
+def _witnessed(options: argparse.Namespace, installation: Any) -> list[TreeHead]:
+    from .ledger import open_witness  # noqa: PLC0415
+
+    heads: list[TreeHead] = []
+    for uri in options.witness:
+        found = list(open_witness(uri).heads(installation))
+        if not found:
+            raise Refused(
+                f"a witness has no tree head of installation {installation}",
+                "Where it should have some, its silence is no proof that nothing was cut off.",
+            )
+        heads += found
+    return heads
+
+
+def verify(options: argparse.Namespace) -> int:
+    if options.file is None:
+        return _verify_database(options)
+    if not options.ca:
+        raise Refused(
+            "a bundle does not say whom to trust",
+            "Give the certificate of the root authority: --ca root.pem.",
+            status=2,
+        )
+    roots = _roots(options.ca)
+    with _opened(options.file) as file:
+        first = file.peek(64)[:64] if isinstance(file, io.BufferedReader) else b""
+        if re.match(rb'\s*\{\s*"kakunin"\s*:\s*"(inclusion|consistency)_proof/1"', first):
+            return _verify_proof(options, file.read(), roots)
+        from .ledger import verify_bundle  # noqa: PLC0415
+
+        size = os.fstat(file.fileno()).st_size if file is not sys.stdin.buffer else None
+        witnesses = _witnessed(options, _installation(first, options)) if options.witness else []
+        with _progress("verifying", size) as advance:
+            report = verify_bundle(
+                file,
+                roots,
+                witnesses=witnesses,
+                progress=lambda _: advance(file.tell()) if size is not None else None,
+            )
+    return _reported(options, report)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    if path == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    with file:
+        yield file
+
+
+def _installation(first: bytes, options: argparse.Namespace) -> Any:
+    """Whose bundle it says it is. Whether that is so, its verification finds out."""
+    import uuid  # noqa: PLC0415
+
+    found = re.match(rb'\{"kakunin":"bundle/1","installation":"([0-9a-f-]{36})"', first.ljust(100)[:100])
+    if found is None:
+        if options.file == "-":
+            raise Refused("a bundle from standard input is not compared with a witness", "Give a file.")
+        with open(options.file, "rb") as file:
+            found = re.match(rb'\{"kakunin":"bundle/1","installation":"([0-9a-f-]{36})"', file.read(100))
+    if found is None:
+        raise LedgerIntegrityError("this is not a bundle")
+    return uuid.UUID(found[1].decode())
+
+
+def _verify_proof(options: argparse.Namespace, content: bytes, roots: list[x509.Certificate]) -> int:
+    from .ledger import verify_proof  # noqa: PLC0415
+
+    try:
+        head = verify_proof(content, roots)
+    except KakuninError as error:
+        _answer(options, {"valid": False, "reason": str(error)}, [("valid", "no"), ("reason", str(error))])
+        return 1
+    moment = dt.datetime.fromtimestamp(head.timestamp / 1000, dt.timezone.utc)
+    _answer(
+        options,
+        {"valid": True, "tree_head": head.to_json()},
+        [("valid", "yes"), ("tree_size", head.tree_size), ("signed", moment), ("root", head.root.hex())],
+    )
+    return 0
+
+
+def _verify_database(options: argparse.Namespace) -> int:
+    from cryptography import x509  # noqa: PLC0415
+
+    from .ledger.export import verify_database  # noqa: PLC0415
+
+    options.dsn = checked_dsn(options)
+    with _connected(options, "verify") as connection:
+        roots = _roots(options.ca)
+        if not roots:
+            _note(
+                "the database's own root authorities are trusted; evidence is what yours say: --ca root.pem"
+            )
+            roots = [
+                x509.load_der_x509_certificate(row[0])
+                for row in connection.execute(
+                    "select der from kakunin.authorities where key_id = issuer_key_id"
+                ).fetchall()
+            ]
+        row = connection.execute("select kakunin.installation_id()").fetchone()
+        witnesses = _witnessed(options, row[0] if row else None) if options.witness else []
+        size = connection.execute("select max(tree_size) from kakunin.tree_heads").fetchone()
+        with _progress("verifying", size[0] if size else None) as advance:
+            report, unsealed = verify_database(connection, roots, witnesses=witnesses, progress=advance)
+    if unsealed:
+        _note(f"{unsealed} entries are not signed yet")
+    return _reported(options, report)
+
+
+def _reported(options: argparse.Namespace, report: Report) -> int:
+    """Says what was found; the first thing that is wrong comes first."""
+    head = report.last_head
+    signed = dt.datetime.fromtimestamp(head.timestamp / 1000, dt.timezone.utc) if head else None
+    _answer(
+        options,
+        {
+            "valid": report.ok,
+            "tree_size": report.tree_size,
+            "entries": report.entries,
+            "tree_heads": report.heads,
+            "archived": report.archived,
+            "last_tree_head": head.to_json() if head else None,
+            "problems": report.count,
+            "findings": list(report.findings),
+        },
+        [
+            ("valid", "yes" if report.ok else "no"),
+            ("entries", report.entries),
+            ("tree_size", report.tree_size),
+            ("tree_heads", report.heads),
+            ("signed", signed),
+            ("not here", f"{report.archived} entries that were archived" if report.archived else None),
+            ("problems", report.count or None),
+            *(("wrong", f"{f.kind}: {f.message}") for f in report.findings[:20]),
+        ],
+    )
+    return 0 if report.ok else 1
+
+
+# Export and proofs ------------------------------------------------------------------------------------
+
+
+class _Digested:
+    """Writes to a file and hashes what it writes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, line: bytes) -> None:
+        self.sha256.update(line)
+        self._file.write(line)
+
+
+def export(options: argparse.Namespace) -> int:
+    from .ledger.export import bundle_lines, tree_heads  # noqa: PLC0415
+
+    details = {"first_index": options.start, "tree_size": options.size}
+    with _connected(options, "export", details) as connection:
+        # The export itself is not to be left without a head: those signed by now are exported.
+        newest = tree_heads(connection)[-1:] if options.size is None else ()
+        size = newest[0].tree_size if newest else options.size
+        lines = bundle_lines(connection, first_index=options.start, tree_size=size)
+        first = next(lines)  # raises where there is nothing to export, before a file is made
+        with _target(options.out) as file:
+            target = _Digested(file)
+            target.write(first)
+            with _progress("exporting", size) as advance:
+                for line in lines:
+                    target.write(line)
+                    if line.startswith(b'{"kakunin":"leaves/1","first_index":'):
+                        advance(int(line[36:].split(b",", 1)[0]))
+            file.flush()
+            if options.out != "-":
+                os.fsync(file.fileno())
+        digest = target.sha256.hexdigest()
+        connection.execute("select kakunin.record_export(%s, %s, %s)", [size, options.start, digest])
+    if options.out != "-":
+        _answer(
+            options,
+            {"tree_size": size, "first_index": options.start, "sha256": digest, "written": options.out},
+            [("tree_size", size), ("sha256", digest), ("written", options.out)],
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _target(path: str) -> Iterator[BinaryIO]:
+    """The file, which must be new, and is taken away again where the export did not come to its end."""
+    if path == "-":
+        yield sys.stdout.buffer
+        return
+    try:
+        file = open(path, "xb")  # noqa: SIM115
+    except FileExistsError as error:
+        raise Refused(
+            f"{path} is there already, and nothing is written over it", "Name another file."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        with file:
+            yield file
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise Refused(f"{path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def prove(options: argparse.Namespace) -> int:
+    from .ledger.export import inclusion_proof  # noqa: PLC0415
+
+    with _connected(options, "prove", {"event_id": options.event_id}) as connection:
+        print(json.dumps(inclusion_proof(connection, options.event_id, options.size), separators=(",", ":")))
+    return 0
+
+
+def consistency(options: argparse.Namespace) -> int:
+    from .ledger.export import consistency_proof  # noqa: PLC0415
+
+    with _connected(options, "consistency", {"sizes": [options.first, options.second]}) as connection:
+        document = consistency_proof(connection, options.first, options.second)
+    print(json.dumps(document, separators=(",", ":")))
+    return 0
+
+
+def listing(options: argparse.Namespace) -> int:
+    """The newest entries that match, the oldest of them first; with --json, as they are, a line each."""
+    conditions = {
+        "agent_id = %(agent)s": options.agent,
+        "event_type = %(type)s": options.type,
+        "recorded_at >= %(since)s": options.since,
+    }
+    where = " and ".join(condition for condition, value in conditions.items() if value is not None)
+    details = {
+        name: str(value) for name, value in vars(options).items() if name in ("agent", "type") and value
+    }
+    with _connected(options, "list", details) as connection:
+        rows = connection.execute(
+            f"select event_id, recorded_at, event_type, agent_id, login, entry from kakunin.audit_log"  # noqa: S608  (of the conditions above)
+            f" where {where or 'true'} order by event_id desc limit %(limit)s",
+            {"agent": options.agent, "type": options.type, "since": options.since, "limit": options.limit},
+        ).fetchall()
+    rows.reverse()
+    if options.json:
+        for row in rows:
+            print(row[5])
+    else:
+        _answer_rows(options, None, [row[:5] for row in rows])
+    return 0
+
+
+def witness_sql(options: argparse.Namespace) -> int:
+    from . import ledger  # noqa: PLC0415
+
+    print(ledger.witness_sql(), end="")
+    return 0
+
+
+# The worker -------------------------------------------------------------------------------------------
+
+
+def health(options: argparse.Namespace) -> int:
+    """Exit status 1 where somebody should look."""
+    with _client(options) as kakunin:
+        status = kakunin.ledger.status()
+    now = dt.datetime.now(dt.timezone.utc)
+    soon = now + dt.timedelta(days=14)
+    wrong = []
+    if status.lag_seconds > options.max_lag:
+        wrong.append(
+            f"{status.lag_entries} entries wait for a signature, the oldest for {status.lag_seconds:.0f} s"
+        )
+    if status.leader is None:
+        wrong.append("no worker leads: is kakunin-db worker running?")
+    if status.key_expires_at is None:
+        wrong.append("no ledger key is registered: kakunin-db audit init")
+    elif status.key_expires_at < soon:
+        wrong.append(
+            f"the ledger's key expires {_shown(status.key_expires_at)}: kakunin-db audit init --another"
+        )
+    if status.partitions_until is None or status.partitions_until < soon:
+        wrong.append("partitions are not made ahead: select kakunin.make_partitions()")
+    if status.in_default_partition:
+        wrong.append("entries are in the default partition: none was made for their month in time")
+    _answer(
+        options,
+        {"healthy": not wrong, "problems": wrong, "status": status},
+        [
+            ("healthy", "no" if wrong else "yes"),
+            ("problem", wrong),
+            ("entries", status.tree_size),
+            ("signed", status.signed_size),
+            ("lag", f"{status.lag_entries} entries, {status.lag_seconds:.1f} s"),
+            ("last signed", status.last_signed_at),
+            ("leader", status.leader),
+            ("exported", status.exported_size),
+            ("partitions", status.partitions_until),
+        ],
+    )
+    return 1 if wrong else 0
+
+
+def worker(options: argparse.Namespace) -> int:
+    from .ledger import open_witness  # noqa: PLC0415
+    from .ledger.worker import JSONFormatter, Metrics, Settings, TextFormatter, Worker  # noqa: PLC0415
+    from .signers import open_keys  # noqa: PLC0415
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONFormatter() if options.log_format == "json" else TextFormatter())
+    logger = logging.getLogger("kakunin_db.worker")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    logger.propagate = False
+    metrics = Metrics()
+    if options.metrics is not None:
+        try:
+            metrics.serve(*options.metrics)
+        except ImportError as error:
+            raise Refused(
+                "metrics need prometheus_client", "Run: pip install 'kakunin-db[metrics]'", status=2
+            ) from error
+        except OSError as error:
+            raise Refused(f"metrics cannot be served: {error.strerror or error}") from error
+    work = Worker(
+        options.dsn,
+        open_keys(options.keys),
+        settings=Settings(
+            interval=options.interval,
+            poll=options.poll,
+            lease=options.lease,
+            batch=options.batch,
+            witness_every=options.witness_every,
+        ),
+        witnesses=[open_witness(uri) for uri in options.witness],
+        metrics=metrics,
+    )
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)  # the second one ends it where it is
+        work.stop()
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        work.run()
+    finally:
+        for each, was in before.items():
+            signal.signal(each, was)
+        logger.removeHandler(handler)
+    return 0

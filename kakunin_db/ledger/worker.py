@@ -1,0 +1,543 @@
+"""The worker: seals what was committed, signs tree heads, and shows them to witnesses.
+
+All decisions are the database's: it says what is sealed, computes the root, and verifies a signature before
+it stores it. So the worker may be killed at any instruction, and any number of workers may run; the one that
+leads does the work, and where two believe that they lead nothing forks.
+
+What it adds is its memory: it signs no tree head that does not continue the last one that it, a witness, or
+the database before it, had seen signed. A ledger that was put back to an earlier state is not signed anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import json
+import logging
+import os
+import select
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from cryptography import x509
+from psycopg import conninfo
+from psycopg.rows import dict_row
+
+from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
+from .heads import TreeHead
+from .merkle import verify_consistency
+from .witness import Witness
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from ..signers import KeyStore, Signer
+
+_CHANNEL = "kakunin_ledger"
+# libpq's, for those the DSN does not set: a server that is gone without a word is noticed, and of several
+# hosts the one that can be written to is found.
+_LASTING = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,  # milliseconds
+    "target_session_attrs": "read-write",
+    "fallback_application_name": "kakunin-db worker",
+}
+# Seconds.
+_LONGEST_PAUSE = 30.0
+_SHORTEST_PAUSE = 0.05
+_STATUS_EVERY = 5.0
+_PARTITIONS_EVERY = 3600.0
+
+_log = logging.getLogger("kakunin_db.worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What can be set, in seconds and entries.
+
+    ``interval`` is the least time between two rounds: at a steady load an entry is signed within it and the
+    time of a signature, and a KMS is asked once in it however many entries there are. ``poll`` is how often a
+    worker looks that nobody has woken: decisions wake nobody, so that no halt waits for a notification.
+    ``lease`` is how long a leader that has died is waited for. ``batch`` bounds a transaction: 100,000
+    entries take the database about a second and 5 MB. ``witness_every`` bounds what a tail cut off may hide,
+    against a request to the witness each time. ``ahead`` is how long partitions last when nobody looks.
+    """
+
+    interval: float = 1.0
+    poll: float = 1.0
+    lease: float = 6.0
+    batch: int = 100_000
+    witness_every: float = 60.0
+    ahead: dt.timedelta = dt.timedelta(days=92)
+
+
+class Metrics:
+    """What the worker counts; served by prometheus_client where that is asked for (:meth:`serve`)."""
+
+    def __init__(self) -> None:
+        self.gauges: dict[str, float] = dict.fromkeys(_GAUGES, 0.0)
+        self.counters: dict[str, float] = dict.fromkeys(_COUNTERS, 0.0)
+        self.errors: dict[str, float] = dict.fromkeys(_ERRORS, 0.0)
+
+    def collect(self) -> Any:
+        """prometheus_client's interface of a collector."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=self.gauges[name])
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=self.counters[name])
+        errors = CounterMetricFamily(
+            "kakunin_worker_errors", "Errors, by what they came from", labels=["source"]
+        )
+        for source, count in self.errors.items():
+            errors.add_metric([source], count)
+        yield errors
+
+    def serve(self, host: str, port: int) -> CollectorRegistry:
+        """Serves them at ``http://host:port/metrics`` from a thread. Raises OSError: the port is taken."""
+        from prometheus_client import CollectorRegistry, start_http_server  # noqa: PLC0415
+
+        registry = CollectorRegistry()
+        registry.register(self)
+        start_http_server(port, host, registry=registry)
+        return registry
+
+
+_GAUGES = {
+    "kakunin_ledger_entries": "Entries in the tree",
+    "kakunin_ledger_signed_entries": "Entries that the newest signed tree head covers",
+    "kakunin_ledger_lag_entries": "Committed entries without a signature",
+    "kakunin_ledger_lag_seconds": "Age of the oldest committed entry without a signature",
+    "kakunin_ledger_partitions_until_timestamp_seconds": "Until when partitions are made",
+    "kakunin_ledger_key_expires_timestamp_seconds": "When the certificate of the newest ledger key ends",
+    "kakunin_worker_leader": "1 where this worker leads",
+    "kakunin_worker_connected": "1 while it is connected to the database",
+    "kakunin_worker_last_signature_timestamp_seconds": "When it last published a tree head",
+}
+_COUNTERS = {
+    "kakunin_worker_signatures": "Tree heads signed and published",
+    "kakunin_worker_sealed_entries": "Entries taken into the tree",
+    "kakunin_worker_rounds": "Times it looked for entries",
+    "kakunin_worker_witnessed": "Tree heads kept by a witness",
+}
+_ERRORS = ("database", "signer", "integrity", "witness")
+
+
+class Worker:
+    """Seals and signs until :meth:`stop`.
+
+    :param dsn: of a login with ``kakunin_worker``; may name several hosts.
+    :param keys: where the ledger's key is. It is found by its certificate, among ``kakunin.ledger_keys``.
+    :param witnesses: where tree heads are kept as well.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        keys: KeyStore,
+        *,
+        settings: Settings | None = None,
+        witnesses: Sequence[Witness] = (),
+        metrics: Metrics | None = None,
+    ) -> None:
+        given = conninfo.conninfo_to_dict(dsn)
+        lasting: dict[str, Any] = {name: value for name, value in _LASTING.items() if given.get(name) is None}
+        self._dsn = conninfo.make_conninfo(dsn, **lasting)
+        self._keys = keys
+        self._settings = settings or Settings()
+        self._witnesses = list(witnesses)
+        self.metrics = metrics or Metrics()
+        self._id = uuid.uuid4()
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self._stopping = False
+        self._last: TreeHead | None = None  # what is signed next has to continue it
+        self._witnessed: dict[int, tuple[float, TreeHead | None]] = {}
+        self._signers: dict[str, Signer] = {}
+        self._told: dict[str, str] = {}
+        self._leading = False
+        self._until = 0.0
+        self._partitions_at = 0.0
+        self._status_at = 0.0
+        self._retry = 0.0
+        self._not_before = 0.0
+
+    @property
+    def waker(self) -> socket.socket:
+        """A socket for ``signal.set_wakeup_fd()``: what is written to it ends a wait."""
+        return self._waker
+
+    def stop(self) -> None:
+        """Ends :meth:`run` after the step under way; for a signal handler or another thread to call."""
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):
+            self._waker.send(b"\0")
+
+    # The loop -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Works until :meth:`stop`, whatever happens to the database or the KMS.
+
+        An error before the first connection has served raises, so that a wrong DSN or a missing role is seen.
+        """
+        served = False
+        pause = 0.5
+        while not self._stopping:
+            try:
+                with self._connect() as connection:
+                    self.metrics.gauges["kakunin_worker_connected"] = 1
+                    _say(logging.INFO, "connected", "connected", host=connection.info.host)
+                    try:
+                        served = self._serve(connection) or served
+                    finally:
+                        self._leading = False
+                        self.metrics.gauges["kakunin_worker_leader"] = 0
+                        self.metrics.gauges["kakunin_worker_connected"] = 0
+                    pause = 0.5
+            except psycopg.Error as error:
+                if not served and not isinstance(error, psycopg.OperationalError):
+                    raise named(error) or error from error
+                self.metrics.errors["database"] += 1
+                _say(logging.WARNING, "disconnected", _why(error), retry_in=pause)
+                self._wait(None, pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+        _say(logging.INFO, "stopped", "stopped")
+
+    def _connect(self) -> psycopg.Connection[dict[str, Any]]:
+        return psycopg.connect(self._dsn, autocommit=True, prepare_threshold=None, row_factory=dict_row)
+
+    def _serve(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
+        connection.execute(f"listen {_CHANNEL}")
+        served = False
+        while not self._stopping:
+            self._lead(connection)
+            self._status(connection)
+            begun = time.monotonic()
+            rest = min(self._settings.lease / 3, self._settings.poll)
+            if not self._leading:
+                self._wait(None, self._settings.lease / 3)
+            elif self._busy(connection):
+                self._wait(None, self._settings.interval - (time.monotonic() - begun))
+            else:
+                connection.execute("select kakunin.sleep_ledger()")
+                # Whoever committed before it was known that this sleeps has notified nobody.
+                if not self._seal(connection):
+                    self._wait(connection, rest)
+                # Anybody may notify, as often as they like.
+                self._wait(None, _SHORTEST_PAUSE - (time.monotonic() - begun))
+            served = True
+        if self._leading:
+            connection.execute("select kakunin.lead_ledger(%s, %s, '0')", [self._id, self._name])
+        return served
+
+    def _busy(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
+        """A round; returns whether there were entries, or something is left to sign."""
+        sealed = self.metrics.counters["kakunin_worker_sealed_entries"]
+        signed = self._round(connection)
+        return not signed or self.metrics.counters["kakunin_worker_sealed_entries"] > sealed
+
+    def _value(self, connection: psycopg.Connection[dict[str, Any]], query: str, *parameters: Any) -> Any:
+        row = connection.execute(query.encode(), parameters).fetchone()
+        return None if row is None else next(iter(row.values()))
+
+    def _wait(self, connection: psycopg.Connection[Any] | None, seconds: float) -> bool:
+        """Waits for a notification, for stop(), or for so long; returns whether there was a notification."""
+        if self._stopping or seconds <= 0:
+            return False
+        sources: list[Any] = [self._woken]
+        if connection is not None:
+            if list(connection.notifies(timeout=0)):
+                return True
+            sources.append(connection)
+        ready, _, _ = select.select(sources, [], [], seconds)
+        if self._woken in ready:
+            with contextlib.suppress(BlockingIOError):
+                while self._woken.recv(4096):
+                    pass
+        return connection is not None and connection in ready and bool(list(connection.notifies(timeout=0)))
+
+    def _lead(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        now = time.monotonic()
+        if self._leading and now < self._until:
+            return
+        lease = dt.timedelta(seconds=self._settings.lease)
+        before = self._leading
+        self._leading = bool(
+            self._value(connection, "select kakunin.lead_ledger(%s, %s, %s)", self._id, self._name, lease)
+        )
+        self._until = now + self._settings.lease / 3
+        self.metrics.gauges["kakunin_worker_leader"] = float(self._leading)
+        if self._leading != before:
+            _say(
+                logging.INFO,
+                "leader",
+                "leads" if self._leading else "another worker leads",
+                worker=self._name,
+            )
+
+    # A round ------------------------------------------------------------------------------------------
+
+    def _round(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
+        """Seals everything and signs; returns whether nothing is left without a signature."""
+        self.metrics.counters["kakunin_worker_rounds"] += 1
+        if time.monotonic() >= self._partitions_at:
+            self._make_partitions(connection)
+        try:
+            while self._seal(connection) == self._settings.batch and not self._stopping:
+                self._lead(connection)
+            if time.monotonic() < self._not_before:
+                return False
+            signed = self._sign(connection)
+        except (KakuninError, psycopg.Error) as error:
+            ours = error if isinstance(error, KakuninError) else named(error)
+            if ours is None:
+                raise
+            self._failed("integrity" if isinstance(ours, LedgerIntegrityError) else "signer", ours)
+            self._retry = min(max(self._retry * 2, self._settings.interval), _LONGEST_PAUSE)
+            self._not_before = time.monotonic() + self._retry
+            self._signers.clear()
+            return False
+        self._retry = 0.0
+        self._recovered("signer")
+        self._recovered("integrity")
+        self._witness(connection)
+        return signed
+
+    def _seal(self, connection: psycopg.Connection[dict[str, Any]]) -> int:
+        sealed = self._value(connection, "select kakunin.seal_ledger(%s)", self._settings.batch)
+        count = int(sealed["sealed"])
+        self.metrics.counters["kakunin_worker_sealed_entries"] += count
+        if count:
+            _say(logging.DEBUG, "sealed", "sealed", entries=count, tree_size=sealed["tree_size"])
+        return count
+
+    def _sign(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
+        """Signs and publishes a tree head, if one is due. Raises KakuninError."""
+        if self._last is None:
+            self._last = self._known(connection)
+        due = connection.execute(
+            'select tree_size, "timestamp", root, since from kakunin.tree_head_to_sign()'
+        ).fetchone()
+        if due is None:
+            self._check_not_behind(connection)
+            return True
+        key_id, installation, signer = self._signer(connection)
+        size, timestamp, root = due["tree_size"], due["timestamp"], due["root"]
+        self._check_continues(connection, size, root)
+        signature = signer.sign(sha256(TreeHead.bytes_to_sign(size, timestamp, root)).digest())
+        connection.execute(
+            "select kakunin.publish_tree_head(%s, %s, %s, %s)", [size, timestamp, key_id, signature]
+        )
+        head = TreeHead(installation, size, timestamp, root, key_id, signature)
+        self._last = head
+        self.metrics.counters["kakunin_worker_signatures"] += 1
+        self.metrics.gauges["kakunin_worker_last_signature_timestamp_seconds"] = time.time()
+        _say(
+            logging.INFO,
+            "signed",
+            "signed a tree head",
+            tree_size=head.tree_size,
+            root=head.root.hex(),
+            key_id=key_id,
+        )
+        return True
+
+    def _heads(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
+        row = connection.execute(
+            'select installation_id, tree_size, "timestamp", root, key_id, signature from kakunin.tree_heads'
+            " order by tree_size desc limit 1"
+        ).fetchone()
+        return None if row is None else TreeHead(*row.values())
+
+    def _known(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
+        """The newest tree head that anybody knows of: the database, or a witness."""
+        newest = self._heads(connection)
+        installation = self._value(connection, "select kakunin.installation_id()")
+        for witness in self._witnesses:
+            for head in witness.heads(installation):
+                if newest is None or head.tree_size > newest.tree_size:
+                    newest = head
+        return newest
+
+    def _check_not_behind(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        if self._last is None:
+            return
+        stored = self._heads(connection)
+        if stored is not None and stored.tree_size >= self._last.tree_size:
+            if stored.tree_size > self._last.tree_size:
+                self._check_continues(connection, stored.tree_size, stored.root)
+                self._last = stored
+            return
+        raise _behind(self._last, stored.tree_size if stored else 0)
+
+    def _check_continues(
+        self, connection: psycopg.Connection[dict[str, Any]], size: int, root: bytes
+    ) -> None:
+        last = self._last
+        if last is None:
+            return
+        if size < last.tree_size:
+            raise _behind(last, size)
+        try:
+            proof = self._value(connection, "select kakunin.consistency_proof(%s, %s)", last.tree_size, size)
+        except psycopg.Error as error:
+            if isinstance(named(error), BadInputError):  # no batch ended at the size that was signed
+                raise _behind(last, size) from error
+            raise
+        path = [bytes.fromhex(node) for node in proof["path"]]
+        verify_consistency(last.tree_size, size, last.root, root, path)
+
+    def _signer(self, connection: psycopg.Connection[dict[str, Any]]) -> tuple[str, uuid.UUID, Signer]:
+        rows = connection.execute(
+            "select key_id, der, installation_id from kakunin.ledger_keys"
+            " where revoked_at is null and now() between not_before and not_after"
+            "   and installation_id = kakunin.installation_id()"
+            " order by not_before desc"
+        ).fetchall()
+        if not rows:
+            raise SignerError(
+                "no key is registered for this installation's ledger", "kakunin-db audit init makes one."
+            )
+        missing: SignerError | None = None
+        for row in rows:
+            signer = self._signers.get(row["key_id"])
+            if signer is None:
+                public_key: Any = x509.load_der_x509_certificate(row["der"]).public_key()
+                try:
+                    signer = self._keys.open(public_key)
+                except SignerError as error:
+                    missing = missing or error
+                    continue
+                self._signers[row["key_id"]] = signer
+            return row["key_id"], row["installation_id"], signer
+        assert missing is not None  # noqa: S101  (rows is not empty, so one was refused)
+        raise missing
+
+    def _witness(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        """Shows the newest tree head to the witnesses whose time has come; one that is down stops nothing."""
+        if self._last is None:
+            return
+        now = time.monotonic()
+        for at, witness in enumerate(self._witnesses):
+            due, shown = self._witnessed.get(at, (0.0, None))
+            if now < due or (shown is not None and shown.tree_size >= self._last.tree_size):
+                continue
+            try:
+                witness.publish(self._last)
+            except KakuninError as error:
+                self._failed("witness", error)
+                self._witnessed[at] = (now + self._settings.witness_every, shown)
+                continue
+            self._recovered("witness")
+            self.metrics.counters["kakunin_worker_witnessed"] += 1
+            self._witnessed[at] = (now + self._settings.witness_every, self._last)
+
+    def _make_partitions(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        self._partitions_at = time.monotonic() + _PARTITIONS_EVERY
+        try:
+            made = self._value(connection, "select kakunin.make_partitions(%s)", self._settings.ahead)
+        except psycopg.errors.LockNotAvailable as error:
+            self._failed("database", error)
+            self._partitions_at = time.monotonic() + 60
+            return
+        if made:
+            _say(logging.INFO, "partitions", "made partitions", names=made)
+
+    def _status(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        if time.monotonic() < self._status_at:
+            return
+        self._status_at = time.monotonic() + _STATUS_EVERY
+        status = self._value(connection, "select kakunin.ledger_status()")
+        for gauge, member in (
+            ("entries", "tree_size"),
+            ("signed_entries", "signed_size"),
+            ("lag_entries", "lag_entries"),
+            ("lag_seconds", "lag_seconds"),
+        ):
+            self.metrics.gauges[f"kakunin_ledger_{gauge}"] = float(status[member])
+        for gauge, member in (("partitions_until", "partitions_until"), ("key_expires", "key_expires_at")):
+            moment = status[member]
+            self.metrics.gauges[f"kakunin_ledger_{gauge}_timestamp_seconds"] = (
+                dt.datetime.fromisoformat(moment).timestamp() if moment else 0.0
+            )
+
+    # What is told -------------------------------------------------------------------------------------
+
+    def _failed(self, source: str, error: Exception) -> None:
+        """Counts it, and says it once for as long as it stays the same."""
+        self.metrics.errors[source] += 1
+        why = _why(error)
+        if self._told.get(source) != why:
+            self._told[source] = why
+            level = logging.CRITICAL if source == "integrity" else logging.ERROR
+            _say(level, f"{source}_failed", why)
+
+    def _recovered(self, source: str) -> None:
+        if self._told.pop(source, None) is not None:
+            _say(logging.INFO, f"{source}_recovered", "works again")
+
+
+def _behind(last: TreeHead, size: int) -> LedgerIntegrityError:
+    return LedgerIntegrityError(
+        f"the ledger has been put back: a tree head over {last.tree_size} entries was signed, and now there"
+        f" are {size}, or other ones",
+        "Nothing is signed until that is explained. If this is a restored copy, make it a ledger of its own:"
+        " kakunin.renew_installation().",
+    )
+
+
+def _why(error: Exception) -> str:
+    """What may be logged of it: others' messages may quote anything."""
+    if isinstance(error, psycopg.Error):
+        return error.diag.message_primary or (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, KakuninError):
+        return f"{error}. {error.hint}" if error.hint else str(error)
+    return type(error).__name__
+
+
+# Logs -----------------------------------------------------------------------------------------------
+
+
+def _say(level: int, event: str, message: str, **fields: Any) -> None:
+    _log.log(level, message, extra={"event": event, "fields": fields})
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line: ``time``, ``level``, ``event``, ``message`` and what the event has."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(
+            {
+                "time": _time(record),
+                "level": record.levelname.lower(),
+                "event": getattr(record, "event", record.name),
+                "message": record.getMessage(),
+                **getattr(record, "fields", {}),
+            },
+            default=str,
+        )
+
+
+class TextFormatter(logging.Formatter):
+    """The same for people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        more = "".join(f" {name}={value}" for name, value in fields.items())
+        return f"{_time(record)} {record.levelname.lower():<8} {record.getMessage()}{more}"
+
+
+def _time(record: logging.LogRecord) -> str:
+    return dt.datetime.fromtimestamp(record.created, dt.timezone.utc).isoformat(timespec="milliseconds")
