@@ -157,6 +157,17 @@ comment on function kakunin_private.check_snapshot_is_fresh(text) is 'KA010 wher
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
 -- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
 -- Plain columns, not row types, so that the planner can inline it.
+create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at timestamptz, p_agent_id uuid) returns boolean
+language plpgsql stable parallel safe
+as $$
+begin
+  return kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
+    or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
+end
+$$;
+comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
+  'Whether certificate or agent was stopped after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
+
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
   p_agent_id uuid, p_suspended_at timestamptz
@@ -165,9 +176,7 @@ language sql volatile parallel safe
 return coalesce(p_revoked_at > kakunin_private.clock(), true)
    and p_suspended_at is null
    and kakunin_private.clock() between p_not_before and p_not_after
-   and (kakunin_private.snapshot_is_fresh()
-        or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
-                or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial))));
+   and (kakunin_private.snapshot_is_fresh() or not kakunin_private.is_stopped_since(p_serial, p_revoked_at, p_agent_id));
 comment on function kakunin_private.is_usable(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
   'Certificate not revoked, agent not suspended, and now inside the validity';
 

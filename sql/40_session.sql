@@ -276,8 +276,26 @@ return pg_try_advisory_xact_lock_shared(
   hashtext(p_binding collate "C") # timestamp_hash(transaction_timestamp() at time zone interval '0'), hashtext(p_serial collate "C"));
 comment on function kakunin_private.mark_bound(text, text) is 'Marks this transaction as bound to the serial; false where another session holds the lock';
 
--- bound_serial() and is_usable() in one statement: every statement on a protected table pays for this one,
--- and a second query inside it would double that.
+-- The certificate behind a binding, if the binding is genuine and the certificate may be used now; no row otherwise.
+-- bound_serial() and is_usable() in one, written to be inlined: every statement on a protected table pays for this, and
+-- a second query would double that.
+create function kakunin_private.bound_certificate(p_binding text) returns table (serial text, agent_id uuid)
+language sql stable parallel restricted rows 1
+begin atomic
+  select c.serial, c.agent_id
+    from kakunin_private.session_keys k
+    join kakunin_private.certificates c on c.serial = split_part(p_binding, '|', 2)
+    join kakunin_private.agents a on a.agent_id = c.agent_id
+   where octet_length(p_binding) <= 250
+     and k.key_id = split_part(p_binding, '|', 1)
+     and kakunin_private.key_is_good(k.key_id, k.valid_until)
+     and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, p_binding)
+     and (split_part(p_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(p_binding, '|', 4)))
+     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at);
+end;
+comment on function kakunin_private.bound_certificate(text) is
+  'Serial and agent of a binding that this session may use now. Whoever believes it marks the transaction: mark_bound()';
+
 create function kakunin.current_cert_serial() returns text
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -287,16 +305,8 @@ declare
 begin
   if v_binding <> '' then
     return (
-      select case when kakunin_private.mark_bound(v_binding, c.serial) then c.serial end
-        from kakunin_private.session_keys k
-        join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
-        join kakunin_private.agents a on a.agent_id = c.agent_id
-       where octet_length(v_binding) <= 250
-         and k.key_id = split_part(v_binding, '|', 1)
-         and kakunin_private.key_is_good(k.key_id, k.valid_until)
-         and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
-         and (split_part(v_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(v_binding, '|', 4)))
-         and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
+      select case when kakunin_private.mark_bound(v_binding, b.serial) then b.serial end
+        from kakunin_private.bound_certificate(v_binding) b);
   end if;
   v_serial := kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
   if v_serial is null then

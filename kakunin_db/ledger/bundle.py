@@ -312,7 +312,7 @@ class _Slot(NamedTuple):
 _Chain = tuple[int, str, int, str, int, int]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Suspect:
     """A break of a chain, not yet told: what it means depends on the next tree head."""
 
@@ -691,12 +691,14 @@ class _Verifier:
         size, known = head.tree_size, bool(self.suspects)
         self.tell_suspects("and the signed tree head does not fit")
         if not known:
+            fits = f"the tree head over {self.covered} entries fits, and that over {size} does not"
+            if not self.covered:
+                fits = f"the tree head over {size} entries does not fit"
             place = self.find(
                 "altered",
                 self.covered,
                 f"Entries were changed along with their listed hashes, somewhere from {self.covered}"
-                f" to {size - 1}: the tree head over {self.covered} entries fits, and that over {size} does"
-                " not.",
+                f" to {size - 1}: {fits}.",
             )
             self.damage = place, self.covered, size
 
@@ -786,8 +788,8 @@ class _Verifier:
         match, scan, chains, agents, holes = self.pattern.match, _scan, self.chains, self.agents, self.holes
         at, index = 0, start
         line: bytes | None = None
-        try:
-            for line in source:
+        for line in source:
+            try:  # around nothing that reads: an error of the source is not the bundle's
                 text = line.decode()
                 found = match(text)
                 if found is None or len(line) > MAX_LINE:
@@ -796,30 +798,30 @@ class _Verifier:
                 if digest != hexes[at : at + 64]:
                     break
                 _, end = scan(text, found.end())
-                if text[end:] != "}\n":
-                    break
-                event, agent, serial, chain, number, prev = found.groups()
-                event_id, sequence = int(event), int(number)
-                if agents.get(serial) != agent and serial != "null":
-                    self.wrong_agent(index, event_id, agent, serial)
-                owner = "null" if serial == "null" else agent
-                known = chains.get(chain)
-                if (
-                    known is not None
-                    and known[0] == sequence
-                    and known[1] == prev
-                    and known[2] < event_id
-                    and known[3] == owner
-                ):
-                    chains[chain] = (sequence + 1, digest, event_id, owner, index, holes)
-                else:
-                    self.link(_Entry(event_id, agent, serial, chain, sequence, prev), digest, index)
-                at += 64
-                index += 1
+            except _ERRORS:
+                break
+            if text[end:] != "}\n":
+                break
+            event, agent, serial, chain, number, prev = found.groups()
+            event_id, sequence = int(event), int(number)
+            if agents.get(serial) != agent and serial != "null":
+                self.wrong_agent(index, event_id, agent, serial)
+            owner = "null" if serial == "null" else agent
+            known = chains.get(chain)
+            if (
+                known is not None
+                and known[0] == sequence
+                and known[1] == prev
+                and known[2] < event_id
+                and known[3] == owner
+            ):
+                chains[chain] = (sequence + 1, digest, event_id, owner, index, holes)
             else:
-                line = None
-        except _ERRORS:
-            pass  # the line is looked at below
+                self.link(_Entry(event_id, agent, serial, chain, sequence, prev), digest, index)
+            at += 64
+            index += 1
+        else:
+            line = None
         self.entries += index - start
         if at < len(hexes) or (line is not None and not self.is_other(line)):
             line = self.odd_segment(listed, at // 64, line, source, before)

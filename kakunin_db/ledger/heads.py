@@ -367,8 +367,10 @@ class TrustAnchors:
         windows = tuple(window.within(_window(certificate)) for window in self._windows(certificate))
         if not windows:
             raise UntrustedKeyError("no authority that leads to a root that was given issued a ledger key")
+        key = _LedgerKey(uuid.UUID(text), public_key, windows)
         known = self._keys.setdefault(key_id(certificate), [])
-        known.append(_LedgerKey(uuid.UUID(text), public_key, windows))
+        if key not in known:
+            known.append(key)
         return key_id(certificate)
 
     @property

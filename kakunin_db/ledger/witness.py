@@ -378,9 +378,10 @@ class S3Witness:
 # A database -----------------------------------------------------------------------------------------
 
 _SQL = """\
--- For a witness of tree heads: run it once, as the owner of a database that is not the ledger's own. Who
-publishes -- needs: grant usage on schema kakunin_witness to <role>; grant select, insert on
-kakunin_witness.tree_heads to <role>; create schema kakunin_witness;
+-- For a witness of tree heads: run it once, as the owner of a database that is not the ledger's own.
+-- Who publishes needs: grant usage on schema kakunin_witness to <role>;
+--                      grant select, insert on kakunin_witness.tree_heads to <role>;
+create schema kakunin_witness;
 
 create table kakunin_witness.tree_heads (
   installation uuid not null,
@@ -392,16 +393,16 @@ create table kakunin_witness.tree_heads (
   witnessed_at timestamptz not null default now(),
   primary key (installation, tree_size, "timestamp")
 );
-comment on table kakunin_witness.tree_heads is 'Signed tree heads of kakunin-db ledgers. Rows are added and
-nothing else';
+comment on table kakunin_witness.tree_heads is
+  'Signed tree heads of kakunin-db ledgers. Rows are added and nothing else';
 
 create function kakunin_witness.refuse_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise exception using errcode = 'KA006',
-    message = format('%s of %I.%I is refused: a witness forgets nothing', tg_op, tg_table_schema,
-    tg_table_name);
+    message = format('%s of %I.%I is refused: a witness forgets nothing',
+      tg_op, tg_table_schema, tg_table_name);
 end
 $$;
 

@@ -969,6 +969,17 @@ comment on function kakunin_private.check_snapshot_is_fresh(text) is 'KA010 wher
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
 -- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
 -- Plain columns, not row types, so that the planner can inline it.
+create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at timestamptz, p_agent_id uuid) returns boolean
+language plpgsql stable parallel safe
+as $$
+begin
+  return kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
+    or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
+end
+$$;
+comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
+  'Whether certificate or agent was stopped after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
+
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
   p_agent_id uuid, p_suspended_at timestamptz
@@ -977,9 +988,7 @@ language sql volatile parallel safe
 return coalesce(p_revoked_at > kakunin_private.clock(), true)
    and p_suspended_at is null
    and kakunin_private.clock() between p_not_before and p_not_after
-   and (kakunin_private.snapshot_is_fresh()
-        or not (kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
-                or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial))));
+   and (kakunin_private.snapshot_is_fresh() or not kakunin_private.is_stopped_since(p_serial, p_revoked_at, p_agent_id));
 comment on function kakunin_private.is_usable(text, timestamptz, timestamptz, timestamptz, uuid, timestamptz) is
   'Certificate not revoked, agent not suspended, and now inside the validity';
 
@@ -1831,8 +1840,26 @@ return pg_try_advisory_xact_lock_shared(
   hashtext(p_binding collate "C") # timestamp_hash(transaction_timestamp() at time zone interval '0'), hashtext(p_serial collate "C"));
 comment on function kakunin_private.mark_bound(text, text) is 'Marks this transaction as bound to the serial; false where another session holds the lock';
 
--- bound_serial() and is_usable() in one statement: every statement on a protected table pays for this one,
--- and a second query inside it would double that.
+-- The certificate behind a binding, if the binding is genuine and the certificate may be used now; no row otherwise.
+-- bound_serial() and is_usable() in one, written to be inlined: every statement on a protected table pays for this, and
+-- a second query would double that.
+create function kakunin_private.bound_certificate(p_binding text) returns table (serial text, agent_id uuid)
+language sql stable parallel restricted rows 1
+begin atomic
+  select c.serial, c.agent_id
+    from kakunin_private.session_keys k
+    join kakunin_private.certificates c on c.serial = split_part(p_binding, '|', 2)
+    join kakunin_private.agents a on a.agent_id = c.agent_id
+   where octet_length(p_binding) <= 250
+     and k.key_id = split_part(p_binding, '|', 1)
+     and kakunin_private.key_is_good(k.key_id, k.valid_until)
+     and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, p_binding)
+     and (split_part(p_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(p_binding, '|', 4)))
+     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at);
+end;
+comment on function kakunin_private.bound_certificate(text) is
+  'Serial and agent of a binding that this session may use now. Whoever believes it marks the transaction: mark_bound()';
+
 create function kakunin.current_cert_serial() returns text
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1842,16 +1869,8 @@ declare
 begin
   if v_binding <> '' then
     return (
-      select case when kakunin_private.mark_bound(v_binding, c.serial) then c.serial end
-        from kakunin_private.session_keys k
-        join kakunin_private.certificates c on c.serial = split_part(v_binding, '|', 2)
-        join kakunin_private.agents a on a.agent_id = c.agent_id
-       where octet_length(v_binding) <= 250
-         and k.key_id = split_part(v_binding, '|', 1)
-         and kakunin_private.key_is_good(k.key_id, k.valid_until)
-         and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, v_binding)
-         and (split_part(v_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(v_binding, '|', 4)))
-         and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
+      select case when kakunin_private.mark_bound(v_binding, b.serial) then b.serial end
+        from kakunin_private.bound_certificate(v_binding) b);
   end if;
   v_serial := kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
   if v_serial is null then
@@ -3117,7 +3136,7 @@ create table kakunin_private.chains (
   chain_id bigint generated always as identity primary key,
   agent_id uuid not null,
   sequence bigint not null,
-  head     bytea not null check (octet_length(head) = 32)
+  head     bytea not null  -- no check on it: one is parsed anew by every append
 ) with (fillfactor = 50);  -- room for its next version on the same page
 create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
@@ -3312,53 +3331,63 @@ end
 $$;
 comment on function kakunin_private.wake_worker() is 'Notifies the worker if it sleeps and nobody has yet';
 
+-- One statement: starting one costs more here than what it does.
 create function kakunin_private.append(
-  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid,
-  out event_id bigint, out recorded_at timestamptz, out chain bigint, out sequence bigint, out prev bytea, out hash bytea
-)
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid
+) returns jsonb
 language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_installation uuid;
-  v_asleep       boolean;
-  v_entry        text;
+  v_entry  jsonb;
+  v_asleep boolean;
 begin
-  recorded_at := kakunin_private.clock();
-  select c.chain_id, c.sequence + 1, c.head,
-         (select i.installation_id from kakunin_private.installation i), (select s.asleep from kakunin_private.sleeper s)
-    into chain, sequence, prev, v_installation, v_asleep
-    from kakunin_private.chains c
-   where c.agent_id = p_chain_of
-   order by c.chain_id
-   limit 1
-     for update of c skip locked;
-  if chain is null then
-    insert into kakunin_private.chains as c (agent_id, sequence, head)
-    values (p_chain_of, 0, decode(repeat('00', 32), 'hex'))
-    returning c.chain_id, c.sequence + 1, c.head into chain, sequence, prev;
-    select i.installation_id, s.asleep into v_installation, v_asleep
-      from kakunin_private.installation i, kakunin_private.sleeper s;
-  end if;
-  -- Drawn while the chain is held, so that ids rise along it.
-  event_id := nextval('kakunin_private.event_ids');
-  v_entry := concat(
-    '{"kakunin":"entry/1","installation":"', v_installation,
-    '","event_id":', event_id,
-    ',"recorded_at":"', kakunin_private.rfc3339(recorded_at),
-    '","event_type":"', p_event_type,
-    case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
-    case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
-    ',"login":', to_json(session_user::text),
-    ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
-    ',"chain":', chain, ',"sequence":', sequence, ',"prev":"', encode(prev, 'hex'),
-    '","metadata":', p_metadata, '}');
-  hash := kakunin_private.leaf_hash(v_entry);
-  update kakunin_private.chains c set sequence = c.sequence + 1, head = append.hash where c.chain_id = append.chain;
-  insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
-  values (append.event_id, append.recorded_at, p_agent_id, pg_current_xact_id(), v_entry);
+  loop
+    with chain as materialized (
+      -- The id is drawn while the chain is held, so that ids rise along it.
+      select c.ctid as row_id, c.chain_id, c.sequence + 1 as sequence, c.head as prev, nextval('kakunin_private.event_ids') as event_id,
+             kakunin_private.clock() as recorded_at,
+             (select s.asleep from kakunin_private.sleeper s) as asleep,
+             (select i.installation_id from kakunin_private.installation i) as installation
+        from kakunin_private.chains c
+       where c.agent_id = p_chain_of
+       order by c.chain_id
+       limit 1
+         for update of c skip locked
+    ), written as materialized (
+      select n.*, concat(
+               '{"kakunin":"entry/1","installation":"', n.installation,
+               '","event_id":', n.event_id,
+               ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+               '","event_type":"', p_event_type,
+               case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
+               case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
+               ',"login":', to_json(session_user::text),
+               ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
+               ',"chain":', n.chain_id, ',"sequence":', n.sequence, ',"prev":"', encode(n.prev, 'hex'),
+               '","metadata":', p_metadata, '}') as entry
+        from chain n
+    ), hashed as materialized (
+      select w.*, kakunin_private.leaf_hash(w.entry) as hash from written w
+    ), moved as (
+      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.ctid = h.row_id
+    ), inserted as (
+      insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
+      select h.event_id, h.recorded_at, p_agent_id, pg_current_xact_id(), h.entry from hashed h
+    )
+    select jsonb_build_object(
+             'event_id', h.event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
+             'recorded_at', to_char(h.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+             'chain', h.chain_id, 'sequence', h.sequence, 'hash', encode(h.hash, 'hex'), 'prev', encode(h.prev, 'hex')),
+           h.asleep
+      into v_entry, v_asleep from hashed h;
+    exit when found;
+    -- None yet, or others hold them all.
+    insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
+  end loop;
   if v_asleep and p_chain_of <> '00000000-0000-0000-0000-000000000000' then
     perform kakunin_private.wake_worker();
   end if;
+  return v_entry;
 end
 $$;
 comment on function kakunin_private.append(text, uuid, text, text, text, uuid) is
@@ -3381,9 +3410,9 @@ as $$
 declare
   v_type     text collate "C" := event_type;
   v_metadata text collate "C" := coalesce(metadata, '{}')::text;
-  v_serial   text collate "C" := kakunin.require_session();
+  v_binding  text collate "C" := current_setting('kakunin.session', true);
+  v_serial   text collate "C";
   v_agent_id uuid;
-  v_event    record;
 begin
   if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
     raise exception using errcode = 'KA010',
@@ -3397,17 +3426,17 @@ begin
         octet_length(v_metadata), coalesce(octet_length(session_id), 0)),
       hint = 'Keep what is large elsewhere, and put its SHA-256 here.';
   end if;
-  select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
-  select * into v_event from kakunin_private.append(v_type, v_agent_id, v_serial, session_id, v_metadata, v_agent_id);
-  return jsonb_build_object(
-    'event_id', v_event.event_id,
-    'event_type', v_type,
-    'agent_id', v_agent_id,
-    'recorded_at', kakunin_private.rfc3339(v_event.recorded_at),
-    'chain', v_event.chain,
-    'sequence', v_event.sequence,
-    'hash', encode(v_event.hash, 'hex'),
-    'prev', encode(v_event.prev, 'hex'));
+  select b.serial, b.agent_id into v_serial, v_agent_id from kakunin_private.bound_certificate(v_binding) b
+   where kakunin_private.mark_bound(v_binding, b.serial);
+  if not found then
+    -- By another way than a binding, or it raises what is wrong.
+    v_serial := kakunin.require_session();
+    if v_binding <> '' then
+      perform kakunin_private.not_marked();
+    end if;
+    select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  end if;
+  return kakunin_private.append(v_type, v_agent_id, v_serial, session_id, v_metadata, v_agent_id);
 end
 $$;
 comment on function kakunin.audit_log_append(text, jsonb, text) is
