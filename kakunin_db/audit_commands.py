@@ -375,6 +375,13 @@ def witness_sql(options: argparse.Namespace) -> int:
     return 0
 
 
+def guard_sql(options: argparse.Namespace) -> int:
+    from .resources import sql_dir  # noqa: PLC0415
+
+    print((sql_dir() / "superuser" / "guard_ledger.sql").read_text(encoding="utf-8"), end="")
+    return 0
+
+
 # The worker -------------------------------------------------------------------------------------------
 
 

@@ -451,6 +451,13 @@ def _audit_commands(group: Any) -> None:
         "print what a database needs that is to be a witness",
         needs="nothing",
     )
+    _add(
+        group,
+        "guard-sql",
+        audit_commands.guard_sql,
+        "print what a superuser may run so that DDL on the ledger is refused as well",
+        needs="nothing",
+    )
 
 
 def _worker_commands(groups: Any) -> None:

@@ -185,7 +185,8 @@ comment on function kakunin.rotate_session_key(interval) is
   'Makes a new session key; what the old one signed stays good for the grace, or for nothing at 0. For kakunin_operator';
 
 create function kakunin.renew_installation() returns uuid
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp set lock_timeout = '5s'  -- appends queue up behind reseal()
 as $$
 declare
   v_before constant uuid := kakunin.installation_id();

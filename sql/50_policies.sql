@@ -24,9 +24,13 @@
 -- output functions, which only a superuser can make, and not by casts, which anybody can.
 create function kakunin.record_changes() returns trigger
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+-- What keys read as is not up to the session.
+set datestyle = 'ISO, YMD' set intervalstyle = 'iso_8601' set timezone = 'UTC' set bytea_output = 'hex'
+set extra_float_digits = 1 set quote_all_identifiers = off
 as $$
 declare
   v_serial   text collate "C" := kakunin.current_cert_serial();
+  v_role     constant name := coalesce(nullif(current_setting('role'), 'none')::name, session_user);
   v_agent_id uuid;
   v_rows     bigint;
   v_keys     jsonb;
@@ -34,6 +38,11 @@ declare
     'table', format('%I.%I', tg_table_schema, tg_table_name), 'operation', tg_op);
 begin
   if tg_op <> 'TRUNCATE' then
+    -- Without its transition table this would be any relation of that name, a temporary view with functions in it too.
+    if not exists (select from pg_trigger t where t.tgrelid = tg_relid and t.tgname = tg_name
+                      and 'kakunin_rows' in (t.tgnewtable, t.tgoldtable)) then
+      raise exception using errcode = 'KA010', message = 'record_changes() is for the triggers that kakunin.protect() makes';
+    end if;
     select count(*) into v_rows from kakunin_rows;
     if v_rows = 0 then
       return null;
@@ -44,12 +53,24 @@ begin
       execute format('select jsonb_agg(k.key) from (select jsonb_build_array(%s) as key from kakunin_rows r limit 100) k',
         (select string_agg(format('left(format(''%%s'', r.%I), 100)', tg_argv[i]), ', ' order by i) from generate_series(0, tg_nargs - 1) i))
         into v_keys;
-      v_metadata := v_metadata || jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0));
+      v_metadata := v_metadata || case when octet_length(v_keys::text) > 12000
+        then jsonb_build_object('keys_omitted', v_rows)
+        else jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0)) end;
     end if;
   end if;
   select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  -- An agent that unbinds in the midst of its statement, or is revoked in it, must not change a row as nobody. Others
+  -- than agents need no binding: the owner, and whom row security does not bind.
+  if v_serial is null and v_role <> current_user
+    and not (select r.rolsuper or r.rolbypassrls from pg_roles r where r.rolname = v_role)
+    and (pg_has_role(v_role, 'kakunin_agent', 'member') or pg_has_role(v_role, 'kakunin_gateway', 'member'))
+    and not pg_has_role(v_role, (select c.relowner from pg_class c where c.oid = tg_relid), 'usage') then
+    perform kakunin.require_session();
+    perform kakunin_private.not_marked();
+  end if;
+  -- Changes by others have chains of their own, beside those of decisions.
   perform kakunin_private.append(
-    'table.' || lower(tg_op), v_agent_id, v_serial, null, v_metadata::text, coalesce(v_agent_id, '00000000-0000-0000-0000-000000000000'));
+    'table.' || lower(tg_op), v_agent_id, v_serial, null, v_metadata::text, coalesce(v_agent_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff'));
   return null;
 end
 $$;
@@ -97,7 +118,7 @@ comment on function kakunin.audit_changes(regclass, boolean, boolean) is
 
 -- Says what the catalog says, whatever its caller would have it say.
 create function kakunin.record_policy(target regclass) returns void
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp set quote_all_identifiers = off
 as $$
 declare
   v_table    record;

@@ -15,8 +15,8 @@
 --
 -- Never changed. Triggers that fire ALWAYS refuse UPDATE, DELETE and TRUNCATE to everybody, the owner included;
 -- other roles have no privilege on the table either. Detaching a partition is DDL, which only an event trigger can
--- refuse, and only a superuser can make one: guard_ledger(). A superuser can take all of this away. That is what the signed
--- tree in the next file is for: it does not prevent, it proves.
+-- refuse, and only a superuser can make one: sql/superuser/guard_ledger.sql. A superuser can take all of this away. That is
+-- what the signed tree in the next file is for: it does not prevent, it proves.
 --
 -- Partitions are by month, made ahead by make_partitions(). Where that was forgotten the default partition takes the
 -- entries: an append, and with it a halt, must not fail for want of a table.
@@ -54,13 +54,11 @@ create table kakunin_private.partitions (
   name        name primary key,
   from_at     timestamptz not null,
   to_at       timestamptz not null,
-  attached    boolean not null default false,
   archived_at timestamptz,
   archived    int8multirange,
   check ((archived_at is null) = (archived is null))
 );
 comment on table kakunin_private.partitions is 'The partitions of the ledger by time: those that are live, and those that were archived';
-comment on column kakunin_private.partitions.attached is 'Whether it has become one, and has to be one from then on';
 comment on column kakunin_private.partitions.archived is 'Which leaves of the tree its entries are';
 
 -- A row each for what is written at different moments by different people: none waits for another.
@@ -106,7 +104,8 @@ do $$ begin perform kakunin_private.make_append_only('kakunin_private.ledger_def
 
 create function kakunin.make_partitions(ahead interval default '3 months') returns name[]
 language plpgsql volatile parallel unsafe security definer
-set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+-- Attaching waits for whoever has read the default partition and has not ended; others queue up behind that.
+set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
 declare
   v_month timestamp := date_trunc('month', kakunin_private.clock() at time zone interval '0');
@@ -122,7 +121,11 @@ begin
   lock table kakunin_private.partitions in share row exclusive mode;
   while v_month <= v_end loop
     v_name := 'ledger_' || to_char(v_month, 'YYYYMM');
-    if not exists (select from kakunin_private.partitions p where p.name = v_name::name) then
+    -- A month that the default partition has entries of stays there: nothing is ever moved.
+    if not exists (select from kakunin_private.partitions p where p.name = v_name::name)
+      and not exists (select from kakunin_private.ledger_default l
+                       where l.recorded_at >= v_month at time zone interval '0'
+                         and l.recorded_at < (v_month + interval '1 month') at time zone interval '0') then
       insert into kakunin_private.partitions (name, from_at, to_at)
       values (v_name::name, v_month at time zone interval '0', (v_month + interval '1 month') at time zone interval '0');
       -- Made first and attached then: that lets appends to the other partitions go on.
@@ -132,7 +135,6 @@ begin
       execute format('alter table kakunin_private.ledger attach partition kakunin_private.%I for values from (%L) to (%L)',
         v_name, to_char(v_month, 'YYYY-MM-DD') || ' 00:00:00+00',
         to_char(v_month + interval '1 month', 'YYYY-MM-DD') || ' 00:00:00+00');
-      update kakunin_private.partitions p set attached = true where p.name = v_name::name;
       v_made := v_made || v_name::name;
     end if;
     v_month := v_month + interval '1 month';
@@ -141,54 +143,7 @@ begin
 end
 $$;
 comment on function kakunin.make_partitions(interval) is
-  'Makes the ledger''s monthly partitions that are missing from now until so far ahead; returns their names. The worker calls it. For kakunin_worker, kakunin_operator';
-
-create function kakunin_private.check_partitions() returns event_trigger
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if to_regclass('kakunin_private.partitions') is null then
-    return;  -- the kit itself is being removed
-  end if;
-  if exists (
-       select from kakunin_private.partitions p
-        where p.attached and p.archived_at is null
-          and not exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
-                           where c.relname = p.name and c.relnamespace = 'kakunin_private'::regnamespace and i.inhparent = to_regclass('kakunin_private.ledger')))
-    or exists (
-       select from pg_inherits i join pg_class c on c.oid = i.inhrelid
-        where i.inhparent = to_regclass('kakunin_private.ledger') and c.relname <> 'ledger_default'
-          and not exists (select from kakunin_private.partitions p where p.name = c.relname and p.archived_at is null))
-    or not exists (select from pg_inherits i where i.inhrelid = to_regclass('kakunin_private.ledger_default'))
-    or exists (
-       select from pg_class c
-        where (c.oid = to_regclass('kakunin_private.ledger')
-               or exists (select from pg_inherits i where i.inhrelid = c.oid and i.inhparent = to_regclass('kakunin_private.ledger')))
-          and not exists (select from pg_trigger t where t.tgrelid = c.oid and t.tgname = 'append_only' and t.tgenabled = 'A')) then
-    raise exception using errcode = 'KA006',
-      message = 'the ledger is append-only: its partitions and their triggers stay as they are',
-      hint = 'A partition that an exported, signed tree head covers leaves by kakunin.archive_partition().';
-  end if;
-end
-$$;
-comment on function kakunin_private.check_partitions() is
-  'Event trigger: KA006 where DDL has detached, dropped or added a partition of the ledger, or taken its triggers away';
-
-create function kakunin.guard_ledger() returns void
-language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
-as $$
-begin
-  drop event trigger if exists kakunin_ledger_ddl;
-  drop event trigger if exists kakunin_ledger_drop;
-  create event trigger kakunin_ledger_ddl on ddl_command_end
-    when tag in ('ALTER TABLE', 'CREATE TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') execute function kakunin_private.check_partitions();
-  create event trigger kakunin_ledger_drop on sql_drop execute function kakunin_private.check_partitions();
-  comment on event trigger kakunin_ledger_ddl is 'KA006 where DDL would detach, add or unguard a partition of kakunin''s ledger';
-  comment on event trigger kakunin_ledger_drop is 'KA006 where DROP would take away a partition of kakunin''s ledger, or its triggers';
-end
-$$;
-comment on function kakunin.guard_ledger() is
-  'Makes the event triggers that refuse DDL on the ledger''s partitions. Event triggers are a superuser''s to make: run it once as one';
+  'Makes the ledger''s monthly partitions that are missing from now until so far ahead; returns their names. A month that came before it had one stays in the default partition. The worker calls it. For kakunin_worker, kakunin_operator';
 
 -- Appending ------------------------------------------------------------------------------------------
 
@@ -227,21 +182,27 @@ create function kakunin_private.append(
 language plpgsql volatile parallel unsafe
 as $$
 declare
+  c_decisions constant uuid := '00000000-0000-0000-0000-000000000000'::uuid;
+  -- A transaction that keeps its snapshot cannot continue a chain that went on since (40001). An agent's has to be run
+  -- again, as with any row; a decision must not fail by the one before it, and begins another chain.
+  v_any    constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
   v_entry  jsonb;
   v_asleep boolean;
 begin
   loop
-    with chain as materialized (
-      -- The id is drawn while the chain is held, so that ids rise along it.
-      select c.ctid as row_id, c.chain_id, c.sequence + 1 as sequence, c.head as prev, nextval('kakunin_private.event_ids') as event_id,
-             kakunin_private.clock() as recorded_at,
+    with free as materialized (
+      select c.chain_id, c.sequence + 1 as sequence, c.head as prev,
              (select s.asleep from kakunin_private.sleeper s) as asleep,
              (select i.installation_id from kakunin_private.installation i) as installation
         from kakunin_private.chains c
-       where c.agent_id = p_chain_of
+       where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
        order by c.chain_id
        limit 1
          for update of c skip locked
+    ), chain as materialized (
+      -- The id is drawn while the chain is held, so that ids rise along it; and while the ledger's table is, which
+      -- the statement has from its beginning, for reseal().
+      select f.*, nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at from free f
     ), written as materialized (
       select n.*, concat(
                '{"kakunin":"entry/1","installation":"', n.installation,
@@ -258,22 +219,24 @@ begin
     ), hashed as materialized (
       select w.*, kakunin_private.leaf_hash(w.entry) as hash from written w
     ), moved as (
-      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.ctid = h.row_id
+      -- By its key, and not its ctid: what is locked may be a newer version of the row than the snapshot has.
+      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.chain_id = h.chain_id
+      returning h.*
     ), inserted as (
       insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
-      select h.event_id, h.recorded_at, p_agent_id, pg_current_xact_id(), h.entry from hashed h
+      select m.event_id, m.recorded_at, p_agent_id, pg_current_xact_id(), m.entry from moved m
     )
     select jsonb_build_object(
              'event_id', h.event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
              'recorded_at', to_char(h.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
              'chain', h.chain_id, 'sequence', h.sequence, 'hash', encode(h.hash, 'hex'), 'prev', encode(h.prev, 'hex')),
            h.asleep
-      into v_entry, v_asleep from hashed h;
+      into v_entry, v_asleep from moved h;
     exit when found;
     -- None yet, or others hold them all.
     insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
   end loop;
-  if v_asleep and p_chain_of <> '00000000-0000-0000-0000-000000000000' then
+  if v_asleep and p_chain_of <> c_decisions then
     perform kakunin_private.wake_worker();
   end if;
   return v_entry;
@@ -291,6 +254,23 @@ begin
 end
 $$;
 comment on function kakunin_private.record(text, uuid, jsonb) is 'Appends what was decided, and about which agent, to a chain that no agent can hold';
+
+-- What reads JSON stops at some depth: jq at 256, others at a thousand. Looked at only where there are brackets enough.
+create function kakunin_private.is_too_deep(p_value jsonb) returns boolean
+language sql immutable parallel safe
+return (
+  with recursive nested as (
+    select p_value as value, 1 as depth
+    union all
+    select e.value, n.depth + 1
+      from nested n,
+           lateral (select v.value from jsonb_array_elements(case jsonb_typeof(n.value) when 'array' then n.value else '[]' end) v
+                    union all
+                    select v.value from jsonb_each(case jsonb_typeof(n.value) when 'object' then n.value else '{}' end) v) e
+     where jsonb_typeof(e.value) in ('array', 'object') and n.depth <= 64
+  )
+  select max(n.depth) > 64 from nested n);
+comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and objects are nested more than 64 deep';
 
 create function kakunin.audit_log_append(event_type text, metadata jsonb default '{}', session_id text default null)
 returns jsonb
@@ -314,6 +294,8 @@ begin
       message = format('an event''s metadata is at most 16384 bytes of JSON and its session id 200; these have %s and %s',
         octet_length(v_metadata), coalesce(octet_length(session_id), 0)),
       hint = 'Keep what is large elsewhere, and put its SHA-256 here.';
+  elsif length(v_metadata) - length(translate(v_metadata, '[{', '')) > 64 and kakunin_private.is_too_deep(metadata) then
+    raise exception using errcode = 'KA010', message = 'an event''s metadata is nested more than 64 deep';
   end if;
   select b.serial, b.agent_id into v_serial, v_agent_id from kakunin_private.bound_certificate(v_binding) b
    where kakunin_private.mark_bound(v_binding, b.serial);

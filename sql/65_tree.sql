@@ -44,10 +44,12 @@ create table kakunin_private.batches (
   root        bytea not null,
   oldest      timestamptz not null,
   sealed_at   timestamptz not null,
+  xid         xid8 not null default pg_current_xact_id(),
   check (cardinality(event_ids) = tree_size - first_index and octet_length(leaf_hashes) = 32 * (tree_size - first_index))
 );
 alter table kakunin_private.batches alter leaf_hashes set storage external;  -- hashes do not compress, and are read in slices
 comment on table kakunin_private.batches is 'The leaves, and the root of the tree up to and including each batch';
+comment on column kakunin_private.batches.xid is 'The transaction that sealed it: until that has ended nothing of it may be signed, because it could be undone';
 
 create table kakunin_private.tree_nodes (
   level smallint not null,
@@ -230,17 +232,19 @@ $$;
 comment on function kakunin_private.reseal() is 'Seals every entry that is not in the tree, and counts by this server''s transactions from now on';
 
 create function kakunin.seal_ledger(max_entries integer default 100000) returns jsonb
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer
+-- A plan for any xid would read the whole ledger.
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_custom_plan
 as $$
 declare
-  v_tree     kakunin_private.tree;
-  v_sealing  pg_snapshot;
-  v_since    xid8;
-  v_running  xid8[];
-  v_ids      bigint[];
-  v_leaves   bytea;
-  v_oldest   timestamptz;
-  v_count    bigint;
+  v_tree    kakunin_private.tree;
+  v_sealing pg_snapshot;
+  v_since   xid8;
+  v_running xid8[];
+  v_ids     bigint[];
+  v_leaves  bytea;
+  v_oldest  timestamptz;
+  v_count   bigint;
 begin
   if coalesce(max_entries not between 1 and 1000000, true) then
     raise exception using errcode = 'KA010', message = 'a batch is of 1 to 1000000 entries';
@@ -248,32 +252,33 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('sealing');
   -- Looked at first without a lock: it is asked every second, and mostly there is nothing.
   select * into strict v_tree from kakunin_private.tree t;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
   if v_tree.sealing is null
-    and pg_snapshot_xmax(pg_current_snapshot())::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric between 0 and 10000
-    and not exists (
-      select from kakunin_private.ledger l
-       where (l.xid >= pg_snapshot_xmax(v_tree.sealed) or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
-         and l.event_id > v_tree.floor) then
+    and pg_snapshot_xmax(pg_current_snapshot())::text::numeric - v_since::text::numeric between 0 and 10000
+    and not exists (select from kakunin_private.ledger l where l.xid >= v_since and l.event_id > v_tree.floor)
+    and not exists (select from kakunin_private.ledger l where l.xid = any (v_running) and l.event_id > v_tree.floor) then
     return jsonb_build_object('sealed', 0, 'more', false, 'tree_size', v_tree.tree_size);
   end if;
   select * into strict v_tree from kakunin_private.tree t for update;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
   v_sealing := coalesce(v_tree.sealing, kakunin_private.committed_snapshot());
-  if pg_snapshot_xmax(v_tree.sealed) > pg_snapshot_xmax(v_sealing) then
+  if v_since > pg_snapshot_xmax(v_sealing) then
     raise exception using errcode = 'KA007',
       message = 'the ledger was sealed by another server, whose transactions are ahead of this one''s: this is a copy',
       hint = 'Give the copy an identity of its own with kakunin.renew_installation(), and register a ledger key for it.';
   end if;
-  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
-  v_running := array(select pg_snapshot_xip(v_tree.sealed));
   select coalesce(array_agg(n.event_id order by n.event_id), '{}'), string_agg(kakunin_private.leaf_hash(n.entry), '' order by n.event_id),
          min(n.recorded_at), count(*)
     into v_ids, v_leaves, v_oldest, v_count
-    from (select l.event_id, l.entry, l.recorded_at
-            from kakunin_private.ledger l
-           where (l.xid >= v_since or l.xid = any (v_running))
-             and l.event_id > greatest(v_tree.after, v_tree.floor)
-             and pg_visible_in_snapshot(l.xid, v_sealing)
-           order by l.event_id
+    from (select u.event_id, u.entry, u.recorded_at
+            from (select l.event_id, l.xid, l.entry, l.recorded_at from kakunin_private.ledger l where l.xid >= v_since
+                  union all
+                  select l.event_id, l.xid, l.entry, l.recorded_at from kakunin_private.ledger l where l.xid = any (v_running)) u
+           where u.event_id > greatest(v_tree.after, v_tree.floor)
+             and pg_visible_in_snapshot(u.xid, v_sealing)
+           order by u.event_id
            limit max_entries) n;
   if v_count > 0 then
     perform kakunin_private.add_batch(v_ids, v_leaves, v_oldest);
@@ -282,7 +287,12 @@ begin
      set sealed = case when v_count < max_entries then v_sealing else t.sealed end,
          sealing = case when v_count < max_entries then null else v_sealing end,
          after = case when v_count < max_entries then 0 else v_ids[v_count] end;
-  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries, 'tree_size', v_tree.tree_size + v_count);
+  -- A tree head signed over what a crash then loses would be a fork.
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries or v_tree.sealing is not null,
+    'tree_size', v_tree.tree_size + v_count);
 end
 $$;
 comment on function kakunin.seal_ledger(integer) is
@@ -301,6 +311,7 @@ begin
              where u.tree_size > coalesce((select max(h.tree_size) from kakunin_private.tree_heads h), 0))
       from kakunin_private.batches b
      where b.tree_size > coalesce((select max(h.tree_size) from kakunin_private.tree_heads h), 0)
+       and b.xid is distinct from pg_current_xact_id_if_assigned()
      order by b.tree_size desc
      limit 1;
 end
@@ -321,7 +332,8 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('publishing a tree head');
   -- One at a time, so that sizes and timestamps go up together.
   lock table kakunin_private.tree_heads in share row exclusive mode;
-  select b.root into v_root from kakunin_private.batches b where b.tree_size = publish_tree_head.tree_size;
+  select b.root into v_root from kakunin_private.batches b
+   where b.tree_size = publish_tree_head.tree_size and b.xid is distinct from pg_current_xact_id_if_assigned();
   if not found then
     perform kakunin_private.refuse(c_what, format('the tree never ended a batch at size %s', coalesce(publish_tree_head.tree_size::text, 'NULL')),
       'Sign what kakunin.tree_head_to_sign() gives.');
@@ -352,6 +364,9 @@ begin
   end if;
   insert into kakunin_private.tree_heads (tree_size, "timestamp", root, key_id, signature, published_at, published_by)
   values (publish_tree_head.tree_size, publish_tree_head."timestamp", v_root, v_key.key_id, publish_tree_head.signature, v_now, session_user);
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
 end
 $$;
 comment on function kakunin.publish_tree_head(bigint, bigint, text, bytea) is
@@ -482,6 +497,28 @@ $$;
 comment on function kakunin.sleep_ledger() is
   'Says that the worker sleeps: the next entry of an agent notifies kakunin_ledger. Seal once more before sleeping. For kakunin_worker';
 
+create function kakunin_private.unsealed() returns setof kakunin_private.ledger
+language plpgsql stable parallel restricted set plan_cache_mode = force_custom_plan
+as $$
+declare
+  v_tree    kakunin_private.tree;
+  v_since   xid8;
+  v_running xid8[];
+begin
+  select * into strict v_tree from kakunin_private.tree t;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
+  return query
+    select u.event_id, u.recorded_at, u.agent_id, u.xid, u.entry
+      from (select l.* from kakunin_private.ledger l where l.xid >= v_since
+            union all
+            select l.* from kakunin_private.ledger l where l.xid = any (v_running)) u
+     where u.event_id > v_tree.floor
+       and (v_tree.sealing is null or u.event_id > v_tree.after or not pg_visible_in_snapshot(u.xid, v_tree.sealing));
+end
+$$;
+comment on function kakunin_private.unsealed() is 'Committed entries that are not in the tree yet';
+
 create function kakunin.ledger_status() returns jsonb
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -496,10 +533,7 @@ begin
   select * into strict v_tree from kakunin_private.tree;
   select * into v_head from kakunin_private.tree_heads h order by h.tree_size desc limit 1;
   select * into strict v_leader from kakunin_private.leader;
-  select count(*), min(l.recorded_at) into v_waiting, v_oldest
-    from kakunin_private.ledger l
-   where (l.xid >= coalesce(pg_snapshot_xmax(v_tree.sealed), '0') or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
-     and l.event_id > greatest(v_tree.after, v_tree.floor);
+  select count(*), min(u.recorded_at) into v_waiting, v_oldest from kakunin_private.unsealed() u;
   v_oldest := least(v_oldest, (select min(b.oldest) from kakunin_private.batches b where b.tree_size > coalesce(v_head.tree_size, 0)));
   return jsonb_build_object(
     'tree_size', v_tree.tree_size,
@@ -716,11 +750,7 @@ language plpgsql stable parallel restricted security definer set search_path = p
 as $$
 begin
   return query
-    select l.event_id, l.recorded_at, l.agent_id, l.entry
-      from kakunin_private.ledger l, kakunin_private.tree t
-     where (l.xid >= coalesce(pg_snapshot_xmax(t.sealed), '0') or l.xid = any (array(select pg_snapshot_xip(t.sealed))))
-       and l.event_id > greatest(t.after, t.floor)
-     order by l.event_id;
+    select u.event_id, u.recorded_at, u.agent_id, u.entry from kakunin_private.unsealed() u order by u.event_id;
 end
 $$;
 comment on function kakunin.unsealed_entries() is 'Committed entries that are not in the tree yet. For kakunin_auditor';
@@ -732,8 +762,14 @@ begin
   return query
     select l.event_id, l.entry
       from kakunin_private.ledger l
-     where l.event_id not in (select u.event_id from kakunin.unsealed_entries() u)
-       and not exists (select from (select unnest(b.event_ids) as id from kakunin_private.batches b) s where s.id = l.event_id)
+     where l.event_id not in (select u.event_id from kakunin_private.unsealed() u)
+       and not exists (
+         select from (select s.id, substr(b.leaf_hashes, ((s.at - 1) * 32 + 1)::integer, 32) as hash
+                        from kakunin_private.batches b, unnest(b.event_ids) with ordinality s(id, at)) s
+          where s.id = l.event_id and s.hash = kakunin_private.leaf_hash(l.entry))
+       -- One that was altered is in the tree; verification finds that.
+       and (not exists (select from (select unnest(b.event_ids) as id from kakunin_private.batches b) s where s.id = l.event_id)
+            or exists (select from kakunin_private.ledger o where o.event_id = l.event_id and o.recorded_at <> l.recorded_at))
      order by l.event_id;
 end
 $$;
@@ -758,13 +794,13 @@ end
 $$;
 comment on function kakunin.record_read(text, jsonb) is 'Puts it on record that the ledger is being read. For kakunin_auditor';
 
-create function kakunin.record_export(tree_size bigint, first_index bigint default 0, sha256 text default null) returns void
+create function kakunin.record_export(tree_size bigint, first_index bigint, sha256 text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform kakunin_private.check_tree_size(record_export.tree_size);
   if record_export.first_index is null or record_export.first_index not between 0 and record_export.tree_size
-    or record_export.sha256 collate "C" !~ '^[0-9a-f]{64}$' then
+    or coalesce(record_export.sha256 collate "C" !~ '^[0-9a-f]{64}$', true) then
     raise exception using errcode = 'KA010', message = 'an export is from an index up to a tree size, with the SHA-256 of the bundle';
   end if;
   -- What came before it has to have been exported as well.
@@ -781,7 +817,8 @@ comment on function kakunin.record_export(bigint, bigint, text) is
 
 create function kakunin.archive_partition(partition name) returns bigint
 language plpgsql volatile parallel unsafe security definer
-set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+-- Detaching waits for whoever has read the ledger and has not ended; others queue up behind that.
+set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
 declare
   v_exported constant bigint := coalesce((select max(e.tree_size) from kakunin_private.exports e), 0);

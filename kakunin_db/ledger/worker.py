@@ -52,6 +52,7 @@ _LASTING = {
     "fallback_application_name": "kakunin-db worker",
 }
 # Seconds.
+_FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 30.0
 _SHORTEST_PAUSE = 0.05
 _STATUS_EVERY = 5.0
@@ -163,6 +164,7 @@ class Worker:
         self._woken.setblocking(False)
         self._waker.setblocking(False)
         self._stopping = False
+        self._served = False
         self._last: TreeHead | None = None  # what is signed next has to continue it
         self._witnessed: dict[int, tuple[float, TreeHead | None]] = {}
         self._signers: dict[str, Signer] = {}
@@ -182,7 +184,7 @@ class Worker:
     def stop(self) -> None:
         """Ends :meth:`run` after the step under way; for a signal handler or another thread to call."""
         self._stopping = True
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # full, or closed
             self._waker.send(b"\0")
 
     # The loop -----------------------------------------------------------------------------------------
@@ -190,37 +192,44 @@ class Worker:
     def run(self) -> None:
         """Works until :meth:`stop`, whatever happens to the database or the KMS.
 
-        An error before the first connection has served raises, so that a wrong DSN or a missing role is seen.
+        What a connection that was made refuses before it has served raises, so that a missing role is seen.
         """
-        served = False
-        pause = 0.5
+        try:
+            self._run()
+        finally:
+            self._woken.close()
+            self._waker.close()
+        _say(logging.INFO, "stopped", "stopped")
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
         while not self._stopping:
+            rounds = self.metrics.counters["kakunin_worker_rounds"]
             try:
                 with self._connect() as connection:
                     self.metrics.gauges["kakunin_worker_connected"] = 1
                     _say(logging.INFO, "connected", "connected", host=connection.info.host)
                     try:
-                        served = self._serve(connection) or served
+                        self._serve(connection)
                     finally:
                         self._leading = False
                         self.metrics.gauges["kakunin_worker_leader"] = 0
                         self.metrics.gauges["kakunin_worker_connected"] = 0
-                    pause = 0.5
             except psycopg.Error as error:
-                if not served and not isinstance(error, psycopg.OperationalError):
+                if not self._served and not isinstance(error, psycopg.OperationalError):
                     raise named(error) or error from error
                 self.metrics.errors["database"] += 1
+                if self.metrics.counters["kakunin_worker_rounds"] > rounds:
+                    pause = _FIRST_PAUSE
                 _say(logging.WARNING, "disconnected", _why(error), retry_in=pause)
                 self._wait(None, pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
-        _say(logging.INFO, "stopped", "stopped")
 
     def _connect(self) -> psycopg.Connection[dict[str, Any]]:
         return psycopg.connect(self._dsn, autocommit=True, prepare_threshold=None, row_factory=dict_row)
 
-    def _serve(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
+    def _serve(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         connection.execute(f"listen {_CHANNEL}")
-        served = False
         while not self._stopping:
             self._lead(connection)
             self._status(connection)
@@ -237,10 +246,9 @@ class Worker:
                     self._wait(connection, rest)
                 # Anybody may notify, as often as they like.
                 self._wait(None, _SHORTEST_PAUSE - (time.monotonic() - begun))
-            served = True
+            self._served = True
         if self._leading:
             connection.execute("select kakunin.lead_ledger(%s, %s, '0')", [self._id, self._name])
-        return served
 
     def _busy(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
         """A round; returns whether there were entries, or something is left to sign."""

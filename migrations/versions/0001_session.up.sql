@@ -1749,7 +1749,8 @@ comment on function kakunin.rotate_session_key(interval) is
   'Makes a new session key; what the old one signed stays good for the grace, or for nothing at 0. For kakunin_operator';
 
 create function kakunin.renew_installation() returns uuid
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp set lock_timeout = '5s'  -- appends queue up behind reseal()
 as $$
 declare
   v_before constant uuid := kakunin.installation_id();
@@ -2793,9 +2794,13 @@ comment on view kakunin.crls is 'The newest revocation list of each authority, D
 -- output functions, which only a superuser can make, and not by casts, which anybody can.
 create function kakunin.record_changes() returns trigger
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+-- What keys read as is not up to the session.
+set datestyle = 'ISO, YMD' set intervalstyle = 'iso_8601' set timezone = 'UTC' set bytea_output = 'hex'
+set extra_float_digits = 1 set quote_all_identifiers = off
 as $$
 declare
   v_serial   text collate "C" := kakunin.current_cert_serial();
+  v_role     constant name := coalesce(nullif(current_setting('role'), 'none')::name, session_user);
   v_agent_id uuid;
   v_rows     bigint;
   v_keys     jsonb;
@@ -2803,6 +2808,11 @@ declare
     'table', format('%I.%I', tg_table_schema, tg_table_name), 'operation', tg_op);
 begin
   if tg_op <> 'TRUNCATE' then
+    -- Without its transition table this would be any relation of that name, a temporary view with functions in it too.
+    if not exists (select from pg_trigger t where t.tgrelid = tg_relid and t.tgname = tg_name
+                      and 'kakunin_rows' in (t.tgnewtable, t.tgoldtable)) then
+      raise exception using errcode = 'KA010', message = 'record_changes() is for the triggers that kakunin.protect() makes';
+    end if;
     select count(*) into v_rows from kakunin_rows;
     if v_rows = 0 then
       return null;
@@ -2813,12 +2823,24 @@ begin
       execute format('select jsonb_agg(k.key) from (select jsonb_build_array(%s) as key from kakunin_rows r limit 100) k',
         (select string_agg(format('left(format(''%%s'', r.%I), 100)', tg_argv[i]), ', ' order by i) from generate_series(0, tg_nargs - 1) i))
         into v_keys;
-      v_metadata := v_metadata || jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0));
+      v_metadata := v_metadata || case when octet_length(v_keys::text) > 12000
+        then jsonb_build_object('keys_omitted', v_rows)
+        else jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0)) end;
     end if;
   end if;
   select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+  -- An agent that unbinds in the midst of its statement, or is revoked in it, must not change a row as nobody. Others
+  -- than agents need no binding: the owner, and whom row security does not bind.
+  if v_serial is null and v_role <> current_user
+    and not (select r.rolsuper or r.rolbypassrls from pg_roles r where r.rolname = v_role)
+    and (pg_has_role(v_role, 'kakunin_agent', 'member') or pg_has_role(v_role, 'kakunin_gateway', 'member'))
+    and not pg_has_role(v_role, (select c.relowner from pg_class c where c.oid = tg_relid), 'usage') then
+    perform kakunin.require_session();
+    perform kakunin_private.not_marked();
+  end if;
+  -- Changes by others have chains of their own, beside those of decisions.
   perform kakunin_private.append(
-    'table.' || lower(tg_op), v_agent_id, v_serial, null, v_metadata::text, coalesce(v_agent_id, '00000000-0000-0000-0000-000000000000'));
+    'table.' || lower(tg_op), v_agent_id, v_serial, null, v_metadata::text, coalesce(v_agent_id, 'ffffffff-ffff-ffff-ffff-ffffffffffff'));
   return null;
 end
 $$;
@@ -2866,7 +2888,7 @@ comment on function kakunin.audit_changes(regclass, boolean, boolean) is
 
 -- Says what the catalog says, whatever its caller would have it say.
 create function kakunin.record_policy(target regclass) returns void
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp set quote_all_identifiers = off
 as $$
 declare
   v_table    record;
@@ -3126,8 +3148,8 @@ comment on function kakunin.unprotect(regclass) is
 --
 -- Never changed. Triggers that fire ALWAYS refuse UPDATE, DELETE and TRUNCATE to everybody, the owner included;
 -- other roles have no privilege on the table either. Detaching a partition is DDL, which only an event trigger can
--- refuse, and only a superuser can make one: guard_ledger(). A superuser can take all of this away. That is what the signed
--- tree in the next file is for: it does not prevent, it proves.
+-- refuse, and only a superuser can make one: sql/superuser/guard_ledger.sql. A superuser can take all of this away. That is
+-- what the signed tree in the next file is for: it does not prevent, it proves.
 --
 -- Partitions are by month, made ahead by make_partitions(). Where that was forgotten the default partition takes the
 -- entries: an append, and with it a halt, must not fail for want of a table.
@@ -3165,13 +3187,11 @@ create table kakunin_private.partitions (
   name        name primary key,
   from_at     timestamptz not null,
   to_at       timestamptz not null,
-  attached    boolean not null default false,
   archived_at timestamptz,
   archived    int8multirange,
   check ((archived_at is null) = (archived is null))
 );
 comment on table kakunin_private.partitions is 'The partitions of the ledger by time: those that are live, and those that were archived';
-comment on column kakunin_private.partitions.attached is 'Whether it has become one, and has to be one from then on';
 comment on column kakunin_private.partitions.archived is 'Which leaves of the tree its entries are';
 
 -- A row each for what is written at different moments by different people: none waits for another.
@@ -3217,7 +3237,8 @@ do $$ begin perform kakunin_private.make_append_only('kakunin_private.ledger_def
 
 create function kakunin.make_partitions(ahead interval default '3 months') returns name[]
 language plpgsql volatile parallel unsafe security definer
-set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+-- Attaching waits for whoever has read the default partition and has not ended; others queue up behind that.
+set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
 declare
   v_month timestamp := date_trunc('month', kakunin_private.clock() at time zone interval '0');
@@ -3233,7 +3254,11 @@ begin
   lock table kakunin_private.partitions in share row exclusive mode;
   while v_month <= v_end loop
     v_name := 'ledger_' || to_char(v_month, 'YYYYMM');
-    if not exists (select from kakunin_private.partitions p where p.name = v_name::name) then
+    -- A month that the default partition has entries of stays there: nothing is ever moved.
+    if not exists (select from kakunin_private.partitions p where p.name = v_name::name)
+      and not exists (select from kakunin_private.ledger_default l
+                       where l.recorded_at >= v_month at time zone interval '0'
+                         and l.recorded_at < (v_month + interval '1 month') at time zone interval '0') then
       insert into kakunin_private.partitions (name, from_at, to_at)
       values (v_name::name, v_month at time zone interval '0', (v_month + interval '1 month') at time zone interval '0');
       -- Made first and attached then: that lets appends to the other partitions go on.
@@ -3243,7 +3268,6 @@ begin
       execute format('alter table kakunin_private.ledger attach partition kakunin_private.%I for values from (%L) to (%L)',
         v_name, to_char(v_month, 'YYYY-MM-DD') || ' 00:00:00+00',
         to_char(v_month + interval '1 month', 'YYYY-MM-DD') || ' 00:00:00+00');
-      update kakunin_private.partitions p set attached = true where p.name = v_name::name;
       v_made := v_made || v_name::name;
     end if;
     v_month := v_month + interval '1 month';
@@ -3252,54 +3276,7 @@ begin
 end
 $$;
 comment on function kakunin.make_partitions(interval) is
-  'Makes the ledger''s monthly partitions that are missing from now until so far ahead; returns their names. The worker calls it. For kakunin_worker, kakunin_operator';
-
-create function kakunin_private.check_partitions() returns event_trigger
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
-as $$
-begin
-  if to_regclass('kakunin_private.partitions') is null then
-    return;  -- the kit itself is being removed
-  end if;
-  if exists (
-       select from kakunin_private.partitions p
-        where p.attached and p.archived_at is null
-          and not exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
-                           where c.relname = p.name and c.relnamespace = 'kakunin_private'::regnamespace and i.inhparent = to_regclass('kakunin_private.ledger')))
-    or exists (
-       select from pg_inherits i join pg_class c on c.oid = i.inhrelid
-        where i.inhparent = to_regclass('kakunin_private.ledger') and c.relname <> 'ledger_default'
-          and not exists (select from kakunin_private.partitions p where p.name = c.relname and p.archived_at is null))
-    or not exists (select from pg_inherits i where i.inhrelid = to_regclass('kakunin_private.ledger_default'))
-    or exists (
-       select from pg_class c
-        where (c.oid = to_regclass('kakunin_private.ledger')
-               or exists (select from pg_inherits i where i.inhrelid = c.oid and i.inhparent = to_regclass('kakunin_private.ledger')))
-          and not exists (select from pg_trigger t where t.tgrelid = c.oid and t.tgname = 'append_only' and t.tgenabled = 'A')) then
-    raise exception using errcode = 'KA006',
-      message = 'the ledger is append-only: its partitions and their triggers stay as they are',
-      hint = 'A partition that an exported, signed tree head covers leaves by kakunin.archive_partition().';
-  end if;
-end
-$$;
-comment on function kakunin_private.check_partitions() is
-  'Event trigger: KA006 where DDL has detached, dropped or added a partition of the ledger, or taken its triggers away';
-
-create function kakunin.guard_ledger() returns void
-language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
-as $$
-begin
-  drop event trigger if exists kakunin_ledger_ddl;
-  drop event trigger if exists kakunin_ledger_drop;
-  create event trigger kakunin_ledger_ddl on ddl_command_end
-    when tag in ('ALTER TABLE', 'CREATE TABLE', 'DROP TRIGGER', 'ALTER TRIGGER') execute function kakunin_private.check_partitions();
-  create event trigger kakunin_ledger_drop on sql_drop execute function kakunin_private.check_partitions();
-  comment on event trigger kakunin_ledger_ddl is 'KA006 where DDL would detach, add or unguard a partition of kakunin''s ledger';
-  comment on event trigger kakunin_ledger_drop is 'KA006 where DROP would take away a partition of kakunin''s ledger, or its triggers';
-end
-$$;
-comment on function kakunin.guard_ledger() is
-  'Makes the event triggers that refuse DDL on the ledger''s partitions. Event triggers are a superuser''s to make: run it once as one';
+  'Makes the ledger''s monthly partitions that are missing from now until so far ahead; returns their names. A month that came before it had one stays in the default partition. The worker calls it. For kakunin_worker, kakunin_operator';
 
 -- Appending ------------------------------------------------------------------------------------------
 
@@ -3338,21 +3315,27 @@ create function kakunin_private.append(
 language plpgsql volatile parallel unsafe
 as $$
 declare
+  c_decisions constant uuid := '00000000-0000-0000-0000-000000000000'::uuid;
+  -- A transaction that keeps its snapshot cannot continue a chain that went on since (40001). An agent's has to be run
+  -- again, as with any row; a decision must not fail by the one before it, and begins another chain.
+  v_any    constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
   v_entry  jsonb;
   v_asleep boolean;
 begin
   loop
-    with chain as materialized (
-      -- The id is drawn while the chain is held, so that ids rise along it.
-      select c.ctid as row_id, c.chain_id, c.sequence + 1 as sequence, c.head as prev, nextval('kakunin_private.event_ids') as event_id,
-             kakunin_private.clock() as recorded_at,
+    with free as materialized (
+      select c.chain_id, c.sequence + 1 as sequence, c.head as prev,
              (select s.asleep from kakunin_private.sleeper s) as asleep,
              (select i.installation_id from kakunin_private.installation i) as installation
         from kakunin_private.chains c
-       where c.agent_id = p_chain_of
+       where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
        order by c.chain_id
        limit 1
          for update of c skip locked
+    ), chain as materialized (
+      -- The id is drawn while the chain is held, so that ids rise along it; and while the ledger's table is, which
+      -- the statement has from its beginning, for reseal().
+      select f.*, nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at from free f
     ), written as materialized (
       select n.*, concat(
                '{"kakunin":"entry/1","installation":"', n.installation,
@@ -3369,22 +3352,24 @@ begin
     ), hashed as materialized (
       select w.*, kakunin_private.leaf_hash(w.entry) as hash from written w
     ), moved as (
-      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.ctid = h.row_id
+      -- By its key, and not its ctid: what is locked may be a newer version of the row than the snapshot has.
+      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.chain_id = h.chain_id
+      returning h.*
     ), inserted as (
       insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
-      select h.event_id, h.recorded_at, p_agent_id, pg_current_xact_id(), h.entry from hashed h
+      select m.event_id, m.recorded_at, p_agent_id, pg_current_xact_id(), m.entry from moved m
     )
     select jsonb_build_object(
              'event_id', h.event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
              'recorded_at', to_char(h.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
              'chain', h.chain_id, 'sequence', h.sequence, 'hash', encode(h.hash, 'hex'), 'prev', encode(h.prev, 'hex')),
            h.asleep
-      into v_entry, v_asleep from hashed h;
+      into v_entry, v_asleep from moved h;
     exit when found;
     -- None yet, or others hold them all.
     insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
   end loop;
-  if v_asleep and p_chain_of <> '00000000-0000-0000-0000-000000000000' then
+  if v_asleep and p_chain_of <> c_decisions then
     perform kakunin_private.wake_worker();
   end if;
   return v_entry;
@@ -3402,6 +3387,23 @@ begin
 end
 $$;
 comment on function kakunin_private.record(text, uuid, jsonb) is 'Appends what was decided, and about which agent, to a chain that no agent can hold';
+
+-- What reads JSON stops at some depth: jq at 256, others at a thousand. Looked at only where there are brackets enough.
+create function kakunin_private.is_too_deep(p_value jsonb) returns boolean
+language sql immutable parallel safe
+return (
+  with recursive nested as (
+    select p_value as value, 1 as depth
+    union all
+    select e.value, n.depth + 1
+      from nested n,
+           lateral (select v.value from jsonb_array_elements(case jsonb_typeof(n.value) when 'array' then n.value else '[]' end) v
+                    union all
+                    select v.value from jsonb_each(case jsonb_typeof(n.value) when 'object' then n.value else '{}' end) v) e
+     where jsonb_typeof(e.value) in ('array', 'object') and n.depth <= 64
+  )
+  select max(n.depth) > 64 from nested n);
+comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and objects are nested more than 64 deep';
 
 create function kakunin.audit_log_append(event_type text, metadata jsonb default '{}', session_id text default null)
 returns jsonb
@@ -3425,6 +3427,8 @@ begin
       message = format('an event''s metadata is at most 16384 bytes of JSON and its session id 200; these have %s and %s',
         octet_length(v_metadata), coalesce(octet_length(session_id), 0)),
       hint = 'Keep what is large elsewhere, and put its SHA-256 here.';
+  elsif length(v_metadata) - length(translate(v_metadata, '[{', '')) > 64 and kakunin_private.is_too_deep(metadata) then
+    raise exception using errcode = 'KA010', message = 'an event''s metadata is nested more than 64 deep';
   end if;
   select b.serial, b.agent_id into v_serial, v_agent_id from kakunin_private.bound_certificate(v_binding) b
    where kakunin_private.mark_bound(v_binding, b.serial);
@@ -3506,10 +3510,12 @@ create table kakunin_private.batches (
   root        bytea not null,
   oldest      timestamptz not null,
   sealed_at   timestamptz not null,
+  xid         xid8 not null default pg_current_xact_id(),
   check (cardinality(event_ids) = tree_size - first_index and octet_length(leaf_hashes) = 32 * (tree_size - first_index))
 );
 alter table kakunin_private.batches alter leaf_hashes set storage external;  -- hashes do not compress, and are read in slices
 comment on table kakunin_private.batches is 'The leaves, and the root of the tree up to and including each batch';
+comment on column kakunin_private.batches.xid is 'The transaction that sealed it: until that has ended nothing of it may be signed, because it could be undone';
 
 create table kakunin_private.tree_nodes (
   level smallint not null,
@@ -3692,17 +3698,19 @@ $$;
 comment on function kakunin_private.reseal() is 'Seals every entry that is not in the tree, and counts by this server''s transactions from now on';
 
 create function kakunin.seal_ledger(max_entries integer default 100000) returns jsonb
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer
+-- A plan for any xid would read the whole ledger.
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_custom_plan
 as $$
 declare
-  v_tree     kakunin_private.tree;
-  v_sealing  pg_snapshot;
-  v_since    xid8;
-  v_running  xid8[];
-  v_ids      bigint[];
-  v_leaves   bytea;
-  v_oldest   timestamptz;
-  v_count    bigint;
+  v_tree    kakunin_private.tree;
+  v_sealing pg_snapshot;
+  v_since   xid8;
+  v_running xid8[];
+  v_ids     bigint[];
+  v_leaves  bytea;
+  v_oldest  timestamptz;
+  v_count   bigint;
 begin
   if coalesce(max_entries not between 1 and 1000000, true) then
     raise exception using errcode = 'KA010', message = 'a batch is of 1 to 1000000 entries';
@@ -3710,32 +3718,33 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('sealing');
   -- Looked at first without a lock: it is asked every second, and mostly there is nothing.
   select * into strict v_tree from kakunin_private.tree t;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
   if v_tree.sealing is null
-    and pg_snapshot_xmax(pg_current_snapshot())::text::numeric - pg_snapshot_xmax(v_tree.sealed)::text::numeric between 0 and 10000
-    and not exists (
-      select from kakunin_private.ledger l
-       where (l.xid >= pg_snapshot_xmax(v_tree.sealed) or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
-         and l.event_id > v_tree.floor) then
+    and pg_snapshot_xmax(pg_current_snapshot())::text::numeric - v_since::text::numeric between 0 and 10000
+    and not exists (select from kakunin_private.ledger l where l.xid >= v_since and l.event_id > v_tree.floor)
+    and not exists (select from kakunin_private.ledger l where l.xid = any (v_running) and l.event_id > v_tree.floor) then
     return jsonb_build_object('sealed', 0, 'more', false, 'tree_size', v_tree.tree_size);
   end if;
   select * into strict v_tree from kakunin_private.tree t for update;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
   v_sealing := coalesce(v_tree.sealing, kakunin_private.committed_snapshot());
-  if pg_snapshot_xmax(v_tree.sealed) > pg_snapshot_xmax(v_sealing) then
+  if v_since > pg_snapshot_xmax(v_sealing) then
     raise exception using errcode = 'KA007',
       message = 'the ledger was sealed by another server, whose transactions are ahead of this one''s: this is a copy',
       hint = 'Give the copy an identity of its own with kakunin.renew_installation(), and register a ledger key for it.';
   end if;
-  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
-  v_running := array(select pg_snapshot_xip(v_tree.sealed));
   select coalesce(array_agg(n.event_id order by n.event_id), '{}'), string_agg(kakunin_private.leaf_hash(n.entry), '' order by n.event_id),
          min(n.recorded_at), count(*)
     into v_ids, v_leaves, v_oldest, v_count
-    from (select l.event_id, l.entry, l.recorded_at
-            from kakunin_private.ledger l
-           where (l.xid >= v_since or l.xid = any (v_running))
-             and l.event_id > greatest(v_tree.after, v_tree.floor)
-             and pg_visible_in_snapshot(l.xid, v_sealing)
-           order by l.event_id
+    from (select u.event_id, u.entry, u.recorded_at
+            from (select l.event_id, l.xid, l.entry, l.recorded_at from kakunin_private.ledger l where l.xid >= v_since
+                  union all
+                  select l.event_id, l.xid, l.entry, l.recorded_at from kakunin_private.ledger l where l.xid = any (v_running)) u
+           where u.event_id > greatest(v_tree.after, v_tree.floor)
+             and pg_visible_in_snapshot(u.xid, v_sealing)
+           order by u.event_id
            limit max_entries) n;
   if v_count > 0 then
     perform kakunin_private.add_batch(v_ids, v_leaves, v_oldest);
@@ -3744,7 +3753,12 @@ begin
      set sealed = case when v_count < max_entries then v_sealing else t.sealed end,
          sealing = case when v_count < max_entries then null else v_sealing end,
          after = case when v_count < max_entries then 0 else v_ids[v_count] end;
-  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries, 'tree_size', v_tree.tree_size + v_count);
+  -- A tree head signed over what a crash then loses would be a fork.
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries or v_tree.sealing is not null,
+    'tree_size', v_tree.tree_size + v_count);
 end
 $$;
 comment on function kakunin.seal_ledger(integer) is
@@ -3763,6 +3777,7 @@ begin
              where u.tree_size > coalesce((select max(h.tree_size) from kakunin_private.tree_heads h), 0))
       from kakunin_private.batches b
      where b.tree_size > coalesce((select max(h.tree_size) from kakunin_private.tree_heads h), 0)
+       and b.xid is distinct from pg_current_xact_id_if_assigned()
      order by b.tree_size desc
      limit 1;
 end
@@ -3783,7 +3798,8 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('publishing a tree head');
   -- One at a time, so that sizes and timestamps go up together.
   lock table kakunin_private.tree_heads in share row exclusive mode;
-  select b.root into v_root from kakunin_private.batches b where b.tree_size = publish_tree_head.tree_size;
+  select b.root into v_root from kakunin_private.batches b
+   where b.tree_size = publish_tree_head.tree_size and b.xid is distinct from pg_current_xact_id_if_assigned();
   if not found then
     perform kakunin_private.refuse(c_what, format('the tree never ended a batch at size %s', coalesce(publish_tree_head.tree_size::text, 'NULL')),
       'Sign what kakunin.tree_head_to_sign() gives.');
@@ -3814,6 +3830,9 @@ begin
   end if;
   insert into kakunin_private.tree_heads (tree_size, "timestamp", root, key_id, signature, published_at, published_by)
   values (publish_tree_head.tree_size, publish_tree_head."timestamp", v_root, v_key.key_id, publish_tree_head.signature, v_now, session_user);
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
 end
 $$;
 comment on function kakunin.publish_tree_head(bigint, bigint, text, bytea) is
@@ -3944,6 +3963,28 @@ $$;
 comment on function kakunin.sleep_ledger() is
   'Says that the worker sleeps: the next entry of an agent notifies kakunin_ledger. Seal once more before sleeping. For kakunin_worker';
 
+create function kakunin_private.unsealed() returns setof kakunin_private.ledger
+language plpgsql stable parallel restricted set plan_cache_mode = force_custom_plan
+as $$
+declare
+  v_tree    kakunin_private.tree;
+  v_since   xid8;
+  v_running xid8[];
+begin
+  select * into strict v_tree from kakunin_private.tree t;
+  v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
+  v_running := array(select pg_snapshot_xip(v_tree.sealed));
+  return query
+    select u.event_id, u.recorded_at, u.agent_id, u.xid, u.entry
+      from (select l.* from kakunin_private.ledger l where l.xid >= v_since
+            union all
+            select l.* from kakunin_private.ledger l where l.xid = any (v_running)) u
+     where u.event_id > v_tree.floor
+       and (v_tree.sealing is null or u.event_id > v_tree.after or not pg_visible_in_snapshot(u.xid, v_tree.sealing));
+end
+$$;
+comment on function kakunin_private.unsealed() is 'Committed entries that are not in the tree yet';
+
 create function kakunin.ledger_status() returns jsonb
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -3958,10 +3999,7 @@ begin
   select * into strict v_tree from kakunin_private.tree;
   select * into v_head from kakunin_private.tree_heads h order by h.tree_size desc limit 1;
   select * into strict v_leader from kakunin_private.leader;
-  select count(*), min(l.recorded_at) into v_waiting, v_oldest
-    from kakunin_private.ledger l
-   where (l.xid >= coalesce(pg_snapshot_xmax(v_tree.sealed), '0') or l.xid = any (array(select pg_snapshot_xip(v_tree.sealed))))
-     and l.event_id > greatest(v_tree.after, v_tree.floor);
+  select count(*), min(u.recorded_at) into v_waiting, v_oldest from kakunin_private.unsealed() u;
   v_oldest := least(v_oldest, (select min(b.oldest) from kakunin_private.batches b where b.tree_size > coalesce(v_head.tree_size, 0)));
   return jsonb_build_object(
     'tree_size', v_tree.tree_size,
@@ -4178,11 +4216,7 @@ language plpgsql stable parallel restricted security definer set search_path = p
 as $$
 begin
   return query
-    select l.event_id, l.recorded_at, l.agent_id, l.entry
-      from kakunin_private.ledger l, kakunin_private.tree t
-     where (l.xid >= coalesce(pg_snapshot_xmax(t.sealed), '0') or l.xid = any (array(select pg_snapshot_xip(t.sealed))))
-       and l.event_id > greatest(t.after, t.floor)
-     order by l.event_id;
+    select u.event_id, u.recorded_at, u.agent_id, u.entry from kakunin_private.unsealed() u order by u.event_id;
 end
 $$;
 comment on function kakunin.unsealed_entries() is 'Committed entries that are not in the tree yet. For kakunin_auditor';
@@ -4194,8 +4228,14 @@ begin
   return query
     select l.event_id, l.entry
       from kakunin_private.ledger l
-     where l.event_id not in (select u.event_id from kakunin.unsealed_entries() u)
-       and not exists (select from (select unnest(b.event_ids) as id from kakunin_private.batches b) s where s.id = l.event_id)
+     where l.event_id not in (select u.event_id from kakunin_private.unsealed() u)
+       and not exists (
+         select from (select s.id, substr(b.leaf_hashes, ((s.at - 1) * 32 + 1)::integer, 32) as hash
+                        from kakunin_private.batches b, unnest(b.event_ids) with ordinality s(id, at)) s
+          where s.id = l.event_id and s.hash = kakunin_private.leaf_hash(l.entry))
+       -- One that was altered is in the tree; verification finds that.
+       and (not exists (select from (select unnest(b.event_ids) as id from kakunin_private.batches b) s where s.id = l.event_id)
+            or exists (select from kakunin_private.ledger o where o.event_id = l.event_id and o.recorded_at <> l.recorded_at))
      order by l.event_id;
 end
 $$;
@@ -4220,13 +4260,13 @@ end
 $$;
 comment on function kakunin.record_read(text, jsonb) is 'Puts it on record that the ledger is being read. For kakunin_auditor';
 
-create function kakunin.record_export(tree_size bigint, first_index bigint default 0, sha256 text default null) returns void
+create function kakunin.record_export(tree_size bigint, first_index bigint, sha256 text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform kakunin_private.check_tree_size(record_export.tree_size);
   if record_export.first_index is null or record_export.first_index not between 0 and record_export.tree_size
-    or record_export.sha256 collate "C" !~ '^[0-9a-f]{64}$' then
+    or coalesce(record_export.sha256 collate "C" !~ '^[0-9a-f]{64}$', true) then
     raise exception using errcode = 'KA010', message = 'an export is from an index up to a tree size, with the SHA-256 of the bundle';
   end if;
   -- What came before it has to have been exported as well.
@@ -4243,7 +4283,8 @@ comment on function kakunin.record_export(bigint, bigint, text) is
 
 create function kakunin.archive_partition(partition name) returns bigint
 language plpgsql volatile parallel unsafe security definer
-set search_path = pg_catalog, pg_temp set lock_timeout = '5s'
+-- Detaching waits for whoever has read the ledger and has not ended; others queue up behind that.
+set search_path = pg_catalog, pg_temp set lock_timeout = '200ms'
 as $$
 declare
   v_exported constant bigint := coalesce((select max(e.tree_size) from kakunin_private.exports e), 0);
