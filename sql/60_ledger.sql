@@ -29,8 +29,10 @@ create table kakunin_private.chains (
 ) with (fillfactor = 50);  -- room for its next version on the same page
 create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
-comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID where it is no agent''s';
+comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
+
+comment on sequence kakunin_private.chains_chain_id_seq is 'Ids of chains';
 
 create sequence kakunin_private.event_ids;
 comment on sequence kakunin_private.event_ids is 'Ids of events. What was rolled back leaves a gap';
@@ -236,7 +238,7 @@ begin
     -- None yet, or others hold them all.
     insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
   end loop;
-  if v_asleep and p_chain_of <> c_decisions then
+  if v_asleep and p_serial is not null then  -- of an agent, and nobody else
     perform kakunin_private.wake_worker();
   end if;
   return v_entry;

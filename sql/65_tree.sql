@@ -291,7 +291,7 @@ begin
   if current_setting('synchronous_commit') = 'off' then
     perform set_config('synchronous_commit', 'on', true);
   end if;
-  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries or v_tree.sealing is not null,
+  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries,
     'tree_size', v_tree.tree_size + v_count);
 end
 $$;
@@ -777,7 +777,8 @@ comment on function kakunin.stray_entries() is
   'Entries that are in the ledger, neither sealed nor about to be: only somebody who went around the kit can put them there. For kakunin_auditor';
 
 create view kakunin.chains with (security_barrier = true) as
-  select c.chain_id as chain, nullif(c.agent_id, '00000000-0000-0000-0000-000000000000') as agent_id, c.sequence, c.head
+  select c.chain_id as chain,
+         case when c.agent_id not in ('00000000-0000-0000-0000-000000000000', 'ffffffff-ffff-ffff-ffff-ffffffffffff') then c.agent_id end as agent_id, c.sequence, c.head
     from kakunin_private.chains c;
 comment on view kakunin.chains is 'The chains of the ledger: how many entries each has and the hash of its newest. For kakunin_auditor';
 
@@ -832,7 +833,7 @@ begin
   select p.to_at into v_to from kakunin_private.partitions p
    where p.name = archive_partition.partition and p.archived_at is null for update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('the ledger has no partition %I', archive_partition.partition),
+    raise exception using errcode = 'KA010', message = format('the ledger has no partition %s', coalesce(quote_ident(archive_partition.partition), 'NULL')),
       hint = 'They are named by their month, such as ledger_202611.';
   end if;
   if v_to > kakunin_private.clock() - interval '1 hour' then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import functools
+import hashlib
 import itertools
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import MAJORS, Cluster, binaries
+from cryptography.hazmat.primitives import serialization
 
 from kakunin_db import AgentCertificate, AgentCredential, CertificateAuthority, LocalSigner
 from kakunin_db.resources import install_sql
@@ -28,6 +30,8 @@ LOGINS = {
     "gateway": ["kakunin_gateway"],
     "registrar": ["kakunin_registrar"],
     "operator": ["kakunin_operator"],
+    "worker": ["kakunin_worker"],
+    "auditor": ["kakunin_auditor"],
     "stranger": [],
 }
 # PostgREST's and Supabase's.
@@ -38,7 +42,7 @@ def start_cluster(major: int) -> Cluster:
     bindir = binaries(major)
     if bindir is None:
         pytest.skip(f"no Postgres {major} on this machine: make postgres, or set KAKUNIN_PG{major}_BIN")
-    cluster = Cluster(major, bindir)
+    cluster = Cluster(major, bindir, settings={"max_prepared_transactions": "20"})
     cluster.init()
     cluster.start()
     with cluster.connect(autocommit=True) as admin:
@@ -122,6 +126,33 @@ class Database:
     def ticket(self, agent: Agent, user: str) -> str:
         return self.value(user, "select kakunin.open_session(%s)", [agent.assertion()])
 
+    def ledger_key(self, **certificate: Any) -> LedgerKey:
+        """A new key for tree heads, registered; keyword arguments go to issue_ledger_key()."""
+        signer = LocalSigner.generate()
+        issued = _ca().issue_ledger_key(self.installation_id, signer.public_key(), **certificate)
+        der = issued.public_bytes(serialization.Encoding.DER)
+        key_id = self.value("operator", "select kakunin.register_ledger_key(%s)", [der])
+        return LedgerKey(self, key_id, der, signer)
+
+    def seal(self, max_entries: int = 100_000) -> int:
+        """Seals until there is nothing more to seal; returns the tree's size."""
+        with self.connect("worker", autocommit=True) as worker:
+            while True:
+                row = worker.execute("select kakunin.seal_ledger(%s)", [max_entries]).fetchone()
+                assert row
+                if not row[0]["more"]:
+                    return row[0]["tree_size"]
+
+    def seal_and_sign(self, key: LedgerKey) -> tuple[int, bytes]:
+        """Seals what is committed and signs the tree, unless all of it is signed; returns size and root."""
+        size = self.seal()
+        row = next(iter(self.run("worker", "select * from kakunin.tree_head_to_sign()")), None)
+        if row is not None:
+            key.publish(row[0], row[1], row[2])
+            assert row[0] == size
+        heads = "select tree_size, root from kakunin.tree_heads order by tree_size desc limit 1"
+        return self.run("worker", heads)[0]
+
 
 @dataclass
 class Agent:
@@ -156,6 +187,26 @@ class Agent:
         self.database.run("operator", "select kakunin.suspend_agent(%s, 'under review')", [self.agent_id])
 
 
+@dataclass
+class LedgerKey:
+    """A key that signs tree heads, and its certificate."""
+
+    database: Database
+    key_id: str
+    der: bytes
+    signer: LocalSigner
+
+    def sign(self, size: int, timestamp: int, root: bytes) -> bytes:
+        """RFC 6962 section 3.5."""
+        head = b"\0\1" + timestamp.to_bytes(8, "big") + size.to_bytes(8, "big") + root
+        return self.signer.sign(hashlib.sha256(head).digest())
+
+    def publish(self, size: int, timestamp: int, root: bytes, user: str = "worker") -> None:
+        signature = self.sign(size, timestamp, root)
+        publish = "select kakunin.publish_tree_head(%s, %s, %s, %s)"
+        self.database.run(user, publish, [size, timestamp, self.key_id, signature])
+
+
 @functools.cache
 def _signers() -> Iterator[LocalSigner]:
     """RSA keys are slow to make, and tests need distinct ones only among neighbours.
@@ -169,6 +220,31 @@ def _signers() -> Iterator[LocalSigner]:
 def _ca() -> CertificateAuthority:
     """The root that every database trusts."""
     return CertificateAuthority.create(LocalSigner.generate(), "Test CA")
+
+
+@dataclass
+class OneKey:
+    """A key store that has the ledger's key and no other. ``error`` is what signing raises, if anything."""
+
+    key: LedgerKey
+    error: Exception | None = None
+    signatures: int = 0
+
+    def open(self, public_key: Any) -> OneKey:
+        return self
+
+    @property
+    def key_id(self) -> str:
+        return self.key.key_id
+
+    def public_key(self) -> Any:
+        return self.key.signer.public_key()
+
+    def sign(self, digest: bytes) -> bytes:
+        if self.error is not None:
+            raise self.error
+        self.signatures += 1
+        return self.key.signer.sign(digest)
 
 
 @contextlib.contextmanager

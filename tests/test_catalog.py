@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import psycopg
 import pytest
 from conftest import Agent, Database, Vault, _ca, fresh_database
 from cryptography.hazmat.primitives import serialization
+
+from kakunin_db import CertificateAuthority, LocalSigner
 
 SCHEMAS = "('kakunin'::regnamespace, 'kakunin_private'::regnamespace)"
 ROLES = [f"kakunin_{name}" for name in ("agent", "auditor", "gateway", "operator", "registrar", "worker")]
@@ -80,6 +83,10 @@ def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
         "authorities": ROLES,
         "crls": ROLES,
         "halts": {*readers, "kakunin_worker"},
+        "audit_log": {"kakunin_agent", "kakunin_gateway", "kakunin_auditor"},
+        "chains": {"kakunin_auditor"},
+        "ledger_keys": ROLES,
+        "tree_heads": ROLES,
     }
     assert set(catalog(granted)) == {f"{view} {role} SELECT" for view in views for role in views[view]}
     columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
@@ -160,24 +167,55 @@ def test_everything_has_a_comment(catalog: Catalog, bare: str) -> None:
 # Functions ------------------------------------------------------------------------------------------
 
 
-def test_every_security_definer_function_sets_the_path_in_that_order(catalog: Catalog) -> None:
-    definers = "select p.oid::regprocedure::text from FUNCTIONS p where prosecdef"
-    assert len(catalog(definers)) >= 15
-    assert (
-        catalog(f"{definers} and proconfig is distinct from '{{\"search_path=pg_catalog, pg_temp\"}}'") == []
-    )
+PATH = "search_path=pg_catalog, pg_temp"
+# What these set beside the path: DDL that waits for a lock keeps everybody waiting who comes after it.
+ALSO_SET = {
+    "kakunin.archive_partition(name)": ["lock_timeout=200ms"],
+    "kakunin.make_partitions(interval)": ["lock_timeout=200ms"],
+    "kakunin.renew_installation()": ["lock_timeout=5s"],
+    # What a session has set must not show in an entry.
+    "kakunin.record_changes()": [
+        "DateStyle=ISO, YMD",
+        "IntervalStyle=iso_8601",
+        "TimeZone=UTC",
+        "bytea_output=hex",
+        "extra_float_digits=1",
+        "quote_all_identifiers=off",
+    ],
+    "kakunin.record_policy(regclass)": ["quote_all_identifiers=off"],
+    # A plan for any transaction id reads the whole ledger.
+    "kakunin.seal_ledger(integer)": ["plan_cache_mode=force_custom_plan"],
+}
 
 
-def test_every_function_others_may_call_sets_the_path(catalog: Catalog) -> None:
+def settings_of(database: Database, functions: str) -> dict[str, list[str]]:
+    """What functions set, those that only set the path left out."""
+    query = "select p.oid::regprocedure::text, coalesce(proconfig, '{}') from pg_proc p"
+    rows = database.run("postgres", f"{query} where pronamespace in {SCHEMAS} and {functions}")
+    assert len(rows) >= 15
+    return {name: settings for name, settings in rows if settings != [PATH]}
+
+
+def test_every_security_definer_function_sets_the_path_in_that_order(database: Database) -> None:
+    expected = {name: [PATH, *also] for name, also in ALSO_SET.items()}
+    assert settings_of(database, "prosecdef") == expected
+
+
+def test_every_function_others_may_call_sets_the_path(database: Database) -> None:
     """Those that run with the caller's rights too: protect(), unprotect() and normalize_serial()."""
-    query = "select p.oid::regprocedure::text from FUNCTIONS p where pronamespace = 'kakunin'::regnamespace"
-    assert catalog(f"{query} and proconfig is distinct from '{{\"search_path=pg_catalog, pg_temp\"}}'") == []
+    expected = {name: [PATH, *also] for name, also in ALSO_SET.items()}
+    assert settings_of(database, "pronamespace = 'kakunin'::regnamespace") == expected
 
 
 def test_private_functions_are_not_security_definer(catalog: Catalog) -> None:
-    """They run inside one that is; another border to guard would be one too many."""
+    """They run inside one that is; another border to guard would be one too many.
+
+    But for triggers, which nobody can call, nor put on anything else.
+    """
     query = "select p.oid::regprocedure::text from FUNCTIONS p where prosecdef"
-    assert catalog(f"{query} and pronamespace = 'kakunin_private'::regnamespace") == []
+    private = f"{query} and pronamespace = 'kakunin_private'::regnamespace"
+    assert catalog(private) == ["kakunin_private.refuse_change()"]
+    assert catalog(f"{private} and prorettype not in ('trigger'::regtype, 'event_trigger'::regtype)") == []
 
 
 def test_names_in_sql_functions_were_resolved_when_they_were_made(catalog: Catalog) -> None:
@@ -187,11 +225,89 @@ def test_names_in_sql_functions_were_resolved_when_they_were_made(catalog: Catal
     assert catalog(f"{sql} and prosqlbody is null") == []
 
 
-def test_nothing_notifies(catalog: Catalog) -> None:
+def callers(database: Database, pattern: str) -> set[str]:
+    """Functions of the kit whose body, without comments, has this in it."""
+    query = (
+        "select p.oid::regprocedure::text, coalesce(pg_get_function_sqlbody(oid), prosrc)"
+        f" from pg_proc p where pronamespace in {SCHEMAS}"
+    )
+    rows = database.run("postgres", query)
+    return {name for name, body in rows if re.search(pattern, re.sub("--.*", "", body), re.IGNORECASE)}
+
+
+APPEND = "kakunin_private.append(text,uuid,text,text,text,uuid)"
+
+
+def test_nothing_notifies_but_an_entry_of_an_agent(database: Database) -> None:
     """One lock for the whole cluster, which any login can hold up, and a queue that any login can fill."""
-    notifying = "select p.oid::regprocedure::text from FUNCTIONS p where prosrc ~* "
-    assert catalog(f"{notifying} 'perform '")
-    assert catalog(f"{notifying} '(pg_)?notify'") == []
+    assert callers(database, "perform ")
+    assert callers(database, r"\b(pg_)?notify\b") == {"kakunin_private.wake_worker()"}
+    assert callers(database, "wake_worker") == {APPEND}
+    assert callers(database, r"kakunin_private\.append\b") == {
+        "kakunin.audit_log_append(text,jsonb,text)",
+        "kakunin.record_changes()",
+        "kakunin_private.record(text,uuid,jsonb)",
+    }
+    [(append, record)] = database.run(
+        "postgres",
+        "select (select prosrc from pg_proc where oid = 'kakunin_private.append'::regproc),"
+        " (select prosrc from pg_proc where oid = 'kakunin_private.record'::regproc)",
+    )
+    # What is decided goes to the chains of nobody, and those wake nobody.
+    nobody = "'00000000-0000-0000-0000-000000000000'"
+    assert "if v_asleep and p_serial is not null then" in append
+    assert append.count("wake_worker") == 1
+    assert record.count("kakunin_private.append(") == 1
+    assert nobody in record
+    # And no function takes its own way to the table.
+    assert callers(database, r"insert into kakunin_private\.ledger\b") == {APPEND}
+
+
+def test_no_decision_notifies_and_an_agents_entry_does(cluster: Any) -> None:
+    """The same, seen from outside: with the worker asleep, and somebody who listens."""
+    with fresh_database(cluster) as database, database.connect("worker", autocommit=True) as worker:
+        agent, other = database.agent(), database.agent()
+        key = database.ledger_key()
+        database.run("app", "create table changed (permitted_agent_serial text)")
+        database.run("app", "select kakunin.protect('changed', audit => true)")
+        ticket = database.ticket(agent, "agent_1")
+        worker.execute("listen kakunin_ledger")
+        worker.execute("select kakunin.sleep_ledger()")
+        authority = CertificateAuthority.create(LocalSigner.generate(), "another")
+        overlap = "select kakunin.register_certificate(%s, '1 hour')"
+        der = _ca().issue(other.agent_id, LocalSigner.generate().public_key()).der
+        halt = "select kakunin.halt_agent(%s, 'why', true) ->> 'halt_id'"
+        decisions: list[tuple[str, str, list[Any]]] = [
+            ("app", "insert into changed values (null)", []),
+            ("app", "select kakunin.unprotect('changed')", []),
+            ("registrar", overlap, [der]),
+            ("operator", "select kakunin.suspend_agent(%s, 'why')", [agent.agent_id]),
+            ("operator", "select kakunin.reinstate_agent(%s)", [agent.agent_id]),
+            ("operator", "select kakunin.revoke_certificate(%s)", [other.serial]),
+            ("operator", halt, [other.agent_id]),
+            ("operator", "select kakunin.rotate_session_key()", []),
+            ("operator", "select kakunin.trust_ca(%s)", [authority.der]),
+            ("operator", "select kakunin.distrust_ca(%s, 'cACompromise')", [authority.key_id]),
+            ("operator", "select kakunin.revoke_ledger_key(%s)", [key.key_id]),
+            ("registrar", "select kakunin.update_agent(%s, 'renamed')", [agent.agent_id]),
+            ("installer", "select kakunin.set_gateway_logins('{}')", []),
+            ("auditor", "select kakunin.record_read('export')", []),
+        ]
+        for login, query, parameters in decisions:
+            database.run(login, query, parameters)
+        assert database.value("postgres", "select asleep from kakunin_private.sleeper")
+        assert list(worker.notifies(timeout=0)) == []
+        # The session key was rotated with a grace, so the ticket is still good.
+        with database.connect("agent_1") as session:
+            session.execute("select kakunin.bind_session(%s)", [ticket])
+            session.execute("select kakunin.audit_log_append('x'), kakunin.audit_log_append('y')")
+            session.commit()
+        worker.execute("select 1")
+        assert [(n.channel, n.payload) for n in worker.notifies(timeout=5, stop_after=1)] == [
+            ("kakunin_ledger", "")
+        ]
+        assert list(worker.notifies(timeout=0)) == []
+        assert not database.value("postgres", "select asleep from kakunin_private.sleeper")
 
 
 @pytest.mark.parametrize(
@@ -267,8 +383,8 @@ def test_plpgsql_check_finds_nothing(cluster: Any) -> None:
                 p.oid, coalesce(t.tgrelid, 0),
                 newtable => case p.proname when 'record_changes' then 'kakunin_rows' end,
                 fatal_errors => false, extra_warnings => true, performance_warnings => true,
-                -- protect(), unprotect() and audit_changes() build statements from names that %I, %L or regclass has quoted
-                -- one step earlier, in a variable, where the checker cannot see it.
+                -- protect(), unprotect() and audit_changes() build statements from names that %I, %L or
+                -- regclass has quoted one step earlier, in a variable, where the checker cannot see it.
                 security_warnings => p.proname not in ('protect', 'unprotect', 'audit_changes')) f
              where p.pronamespace in {SCHEMAS} and l.lanname = 'plpgsql'
             """,
@@ -281,18 +397,21 @@ def test_plpgsql_check_finds_nothing(cluster: Any) -> None:
 # Types, tables and views whose names a function of the kit uses.
 SHADOWED_TYPES = [
     "jsonb", "json", "text", "bytea", "uuid", "numeric", "int4", "int8", "bool", "timestamptz", "interval",
-    "name", "regclass", "bit", "float8", "record",
+    "name", "regclass", "bit", "float8", "record", "xid8", "pg_snapshot", "int8range", "int8multirange",
 ]  # fmt: skip
 SHADOWED_TABLES = [
     "pg_roles", "pg_class", "pg_policy", "pg_inherits", "pg_attribute", "pg_type", "pg_index", "agents",
-    "certificates", "session_keys", "installation", "gateway_logins", "used_assertions",
+    "certificates", "session_keys", "installation", "gateway_logins", "used_assertions", "pg_trigger",
+    "ledger", "chains", "sleeper", "partitions", "tree", "tree_nodes", "tree_heads", "ledger_keys", "batches",
+    "leader", "exports", "kakunin_rows",
 ]  # fmt: skip
 # Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
 EXACT = [
     "format(text, text)", "format(text, text, text)", "format(text, uuid)", "format(text, integer)",
     "format(text, text, integer)", "format(text, regclass)", "jsonb_build_object(text, text)",
     "jsonb_build_array(text)", "to_jsonb(text)", "cardinality(text[])", "array_ndims(text[])",
-    "unnest(text[])", "quote_ident(name)",
+    "unnest(text[])", "quote_ident(name)", "to_json(text)", "concat(text)", "format(text, name, name)",
+    "format(text, bigint)", "jsonb_build_object(text, bigint)", "jsonb_build_object(text, uuid)",
 ]  # fmt: skip
 
 
@@ -310,6 +429,7 @@ def hostile(cluster: Any) -> Iterator[Database]:
             agent.execute("grant usage, select on sequence evil.alarms to public")
             make_alarms(agent)
         database.run("app", "create table public.shadowed (permitted_agent_serial text primary key)")
+        database.seal_and_sign(database.ledger_key())
         yield database
 
 
@@ -403,10 +523,22 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
         ("select kakunin.require_session()", []),
         ("select kakunin.require_scope('orders:write')", []),
         ("select kakunin.require_scope('vault:write')", []),
+        ("select pg_catalog.jsonb_typeof(kakunin.audit_log_append('x', '{\"a\": 1}', 's'))", []),
+        ("select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log", []),
+        ("select kakunin.inclusion_proof(1)", []),
+        ("select tree_size, root from kakunin.tree_heads", []),
+        ("select key_id from kakunin.ledger_keys", []),
         ("select kakunin.unbind_session()", []),
         ("select kakunin.current_cert_serial()", []),
         ("select kakunin.require_session()", []),
+        ("select kakunin.audit_log_append('x')", []),
+        ("select kakunin.inclusion_proof(1)", []),
     ]
+
+
+@functools.cache
+def ledger_signer() -> LocalSigner:
+    return LocalSigner.generate()
 
 
 def servers_calls(login: str, agent: Agent) -> Calls:
@@ -421,6 +553,10 @@ def servers_calls(login: str, agent: Agent) -> Calls:
     crl = authority.revocation_list([], 1).public_bytes(serialization.Encoding.DER)
     halt = "select pg_catalog.jsonb_typeof(kakunin.halt_agent(%s, 'why', true))"
     model_hash = "sha256:" + "0" * 64
+    database = agent.database
+    size = database.value("worker", "select tree_size from kakunin.tree_heads")
+    ledger_key = authority.issue_ledger_key(database.installation_id, ledger_signer().public_key())
+    ledger_der = ledger_key.public_bytes(serialization.Encoding.DER)
     return {
         "gateway": [
             ("select kakunin.bind_serial(%s)", [agent.serial]),
@@ -451,9 +587,52 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             (halt, [agent.agent_id]),
             ("select pg_catalog.cardinality(kakunin.distrust_ca(%s, 'cACompromise')) is null", [key_id]),
             ("select kakunin.revoke_certificate(%s, 'superseded') is null", [agent.serial]),
+            ("select kakunin.register_ledger_key(%s)", [issued.der]),
+            ("select kakunin.register_ledger_key(%s)", [ledger_der]),
+            ("select kakunin.revoke_ledger_key('00')", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
+            ("select kakunin.make_partitions('4 months')", []),
+            ("select kakunin.archive_partition('ledger_200001')", []),
+        ],
+        "worker": [
+            ("select kakunin.lead_ledger(%s, 'w')", [agent.agent_id]),
+            ("select kakunin.seal_ledger(2)", []),
+            ("select kakunin.seal_ledger()", []),
+            ("select tree_size, root from kakunin.tree_head_to_sign()", []),
+            ("select kakunin.publish_tree_head(%s, 0, %s, %s)", [size, key_id, signature]),
+            ("select kakunin.publish_tree_head(1, 0, %s, %s)", [key_id, signature]),
+            ("select kakunin.sleep_ledger()", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
+            ("select kakunin.make_partitions('4 months')", []),
+        ],
+        "auditor": [
+            (
+                "select event_type, agent_id, chain, hash, metadata from kakunin.audit_log"
+                " where event_id operator(pg_catalog.=) 1",
+                [],
+            ),
+            ("select chain, head from kakunin.chains", []),
+            ("select kakunin.current_agent_id()", []),
+            ("select kakunin.inclusion_proof(1)", []),
+            ("select kakunin.inclusion_proof(1, %s)", [size]),
+            ("select kakunin.inclusion_proof(null)", []),
+            ("select kakunin.consistency_proof(%s, %s)", [size, size]),
+            ("select kakunin.frontier(%s)", [size]),
+            ("select * from kakunin.ledger_leaves(0, 3)", []),
+            ("select pg_catalog.count(*) from kakunin.unsealed_entries()", []),
+            ("select pg_catalog.count(*) from kakunin.stray_entries()", []),
+            ("select kakunin.record_read('export')", []),
+            ("select kakunin.record_export(%s, 0, %s)", [size, "0" * 64]),
         ],
         "app": [
             ("select kakunin.protect('public.shadowed', write_scope => 'a:b')", []),
+            ("select kakunin.protect('public.shadowed', audit_keys => true)", []),
+            ("insert into public.shadowed values ('a') returning permitted_agent_serial", []),
+            ("update public.shadowed set permitted_agent_serial = 'b' returning permitted_agent_serial", []),
+            ("delete from public.shadowed returning permitted_agent_serial", []),
+            ("select kakunin.record_changes()", []),
+            ("select kakunin.audit_changes('public.shadowed', true, true)", []),
+            ("select kakunin.record_policy('public.shadowed')", []),
             ("select kakunin.unprotect('public.shadowed')", []),
             ("select kakunin.protect('public.shadowed', 'none')", []),
         ],
@@ -484,11 +663,12 @@ def answers(session: psycopg.Connection[Any], calls: Calls) -> list[Any]:
     return given
 
 
+SERVERS = ["gateway", "registrar", "operator", "worker", "auditor", "app", "installer"]
 PATHS = ["evil, pg_temp, pg_catalog", "pg_temp, evil, pg_catalog", "evil", "pg_catalog, evil, pg_temp", "''"]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("login", ["agent_1", "gateway", "registrar", "operator", "app", "installer"])
+@pytest.mark.parametrize("login", ["agent_1", *SERVERS])
 def test_g2_look_alikes_in_the_callers_path_change_nothing(hostile: Database, login: str, path: str) -> None:
     agent = hostile.agent("shadowed", permitted_actions=["vault:read", "orders:*"])
     ticket = hostile.ticket(agent, "agent_1")
@@ -527,7 +707,7 @@ def test_the_alarms_ring(hostile: Database) -> None:
 def test_the_hostile_calls_cover_every_function_others_may_call(hostile: Database) -> None:
     agent = hostile.agent()
     calls = agents_calls(agent, "x")
-    for login in ("gateway", "registrar", "operator", "app", "installer"):
+    for login in SERVERS:
         calls += servers_calls(login, agent)
     called = {name for query, _ in calls for name in re.findall(r"kakunin\.(\w+)\(", query)}
     names = "select proname from pg_proc where pronamespace = 'kakunin'::regnamespace"

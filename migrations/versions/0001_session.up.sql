@@ -2854,6 +2854,9 @@ declare
   v_event     text;
   v_arguments text := '';
 begin
+  if num_nulls(target, audit, keys) > 0 then
+    raise exception using errcode = 'KA010', message = 'audit_changes() needs a table, and true or false twice';
+  end if;
   foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
     if exists (select from pg_trigger t where t.tgrelid = target and t.tgname = 'kakunin_audit_' || v_event) then
       execute format('drop trigger %I on %s', 'kakunin_audit_' || v_event, target);
@@ -3162,8 +3165,10 @@ create table kakunin_private.chains (
 ) with (fillfactor = 50);  -- room for its next version on the same page
 create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
-comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID where it is no agent''s';
+comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
+
+comment on sequence kakunin_private.chains_chain_id_seq is 'Ids of chains';
 
 create sequence kakunin_private.event_ids;
 comment on sequence kakunin_private.event_ids is 'Ids of events. What was rolled back leaves a gap';
@@ -3369,7 +3374,7 @@ begin
     -- None yet, or others hold them all.
     insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
   end loop;
-  if v_asleep and p_chain_of <> c_decisions then
+  if v_asleep and p_serial is not null then  -- of an agent, and nobody else
     perform kakunin_private.wake_worker();
   end if;
   return v_entry;
@@ -3757,7 +3762,7 @@ begin
   if current_setting('synchronous_commit') = 'off' then
     perform set_config('synchronous_commit', 'on', true);
   end if;
-  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries or v_tree.sealing is not null,
+  return jsonb_build_object('sealed', v_count, 'more', v_count = max_entries,
     'tree_size', v_tree.tree_size + v_count);
 end
 $$;
@@ -4243,7 +4248,8 @@ comment on function kakunin.stray_entries() is
   'Entries that are in the ledger, neither sealed nor about to be: only somebody who went around the kit can put them there. For kakunin_auditor';
 
 create view kakunin.chains with (security_barrier = true) as
-  select c.chain_id as chain, nullif(c.agent_id, '00000000-0000-0000-0000-000000000000') as agent_id, c.sequence, c.head
+  select c.chain_id as chain,
+         case when c.agent_id not in ('00000000-0000-0000-0000-000000000000', 'ffffffff-ffff-ffff-ffff-ffffffffffff') then c.agent_id end as agent_id, c.sequence, c.head
     from kakunin_private.chains c;
 comment on view kakunin.chains is 'The chains of the ledger: how many entries each has and the hash of its newest. For kakunin_auditor';
 
@@ -4298,7 +4304,7 @@ begin
   select p.to_at into v_to from kakunin_private.partitions p
    where p.name = archive_partition.partition and p.archived_at is null for update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('the ledger has no partition %I', archive_partition.partition),
+    raise exception using errcode = 'KA010', message = format('the ledger has no partition %s', coalesce(quote_ident(archive_partition.partition), 'NULL')),
       hint = 'They are named by their month, such as ledger_202611.';
   end if;
   if v_to > kakunin_private.clock() - interval '1 hour' then

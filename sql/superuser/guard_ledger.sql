@@ -16,14 +16,6 @@
 begin;
 set local search_path = pg_catalog, pg_temp;
 
-do $$
-begin
-  if not (select r.rolsuper from pg_roles r where r.rolname = current_user) then
-    raise exception using errcode = '42501', message = 'the guard of the ledger is a superuser''s to install';
-  end if;
-end
-$$;
-
 drop schema if exists kakunin_guard cascade;
 create schema kakunin_guard;
 comment on schema kakunin_guard is 'kakunin-db: refuses DDL on the ledger. A superuser''s, and nobody else''s to use';
