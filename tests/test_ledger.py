@@ -2103,7 +2103,8 @@ def test_an_entry_slipped_in_around_the_kit_is_a_stray(fresh: Database) -> None:
     fresh.seal()
     fresh.run(
         "postgres",
-        "insert into kakunin_private.ledger (event_id, recorded_at, xid, entry) values (-1, now(), '3', 'forged')",
+        "insert into kakunin_private.ledger (event_id, recorded_at, xid, entry)"
+        " values (-1, now(), '3', 'forged')",
     )
     assert fresh.run("auditor", "select event_id, entry from kakunin.stray_entries()") == [(-1, "forged")]
     assert fresh.seal() == len(leaves_of(fresh))

@@ -172,8 +172,8 @@ def test_g9_a_lost_connection_is_made_again(ledger: tuple[Database, OneKey, Agen
         until(signed(database), "the signature")
         database.run(
             "postgres",
-            "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'kakunin-db worker'"
-            " and datname = current_database()",
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where application_name = 'kakunin-db worker' and datname = current_database()",
         )
         append(database, agent)
         until(signed(database), "the signature")
