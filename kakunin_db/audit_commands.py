@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -133,13 +134,15 @@ def verify(options: argparse.Namespace) -> int:
         )
     roots = _roots(options.ca)
     with _opened(options.file) as file:
-        first = file.peek(64)[:64] if isinstance(file, io.BufferedReader) else b""
+        first = file.peek(128)[:128] if isinstance(file, io.BufferedReader) else b""
         if re.match(rb'\s*\{\s*"kakunin"\s*:\s*"(inclusion|consistency)_proof/1"', first):
             return _verify_proof(options, file.read(), roots)
         from .ledger import verify_bundle  # noqa: PLC0415
 
-        size = os.fstat(file.fileno()).st_size if file is not sys.stdin.buffer else None
-        witnesses = _witnessed(options, _installation(first, options)) if options.witness else []
+        about = None if file is sys.stdin.buffer else os.fstat(file.fileno())
+        # A pipe does not say how far it is.
+        size = about.st_size if about is not None and stat.S_ISREG(about.st_mode) else None
+        witnesses = _witnessed(options, _installation(first)) if options.witness else []
         with _progress("verifying", size) as advance:
             report = verify_bundle(
                 file,
@@ -163,19 +166,15 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _installation(first: bytes, options: argparse.Namespace) -> Any:
+def _installation(first: bytes) -> Any:
     """Whose bundle it says it is. Whether that is so, its verification finds out."""
     import uuid  # noqa: PLC0415
 
-    found = re.match(rb'\{"kakunin":"bundle/1","installation":"([0-9a-f-]{36})"', first.ljust(100)[:100])
-    if found is None:
-        if options.file == "-":
-            raise Refused("a bundle from standard input is not compared with a witness", "Give a file.")
-        with open(options.file, "rb") as file:
-            found = re.match(rb'\{"kakunin":"bundle/1","installation":"([0-9a-f-]{36})"', file.read(100))
-    if found is None:
-        raise LedgerIntegrityError("this is not a bundle")
-    return uuid.UUID(found[1].decode())
+    found = re.match(rb'\{"kakunin":"bundle/1","installation":"([0-9a-f-]{36})"', first)
+    try:
+        return uuid.UUID(found[1].decode() if found else "")
+    except ValueError as error:
+        raise LedgerIntegrityError("this is not a bundle") from error
 
 
 def _verify_proof(options: argparse.Namespace, content: bytes, roots: list[x509.Certificate]) -> int:

@@ -49,11 +49,16 @@ begin
     end if;
     v_metadata := v_metadata || jsonb_build_object('rows', v_rows);
     if tg_nargs > 0 then
-      -- A hundred of them, and those shortened: an entry has its limit, and a statement must not fail by it.
-      execute format('select jsonb_agg(k.key) from (select jsonb_build_array(%s) as key from kakunin_rows r limit 100) k',
-        (select string_agg(format('left(format(''%%s'', r.%I), 100)', tg_argv[i]), ', ' order by i) from generate_series(0, tg_nargs - 1) i))
-        into v_keys;
-      v_metadata := v_metadata || case when octet_length(v_keys::text) > 12000
+      -- A hundred of them, and those shortened: an entry has its limit, and a statement must not fail by it. The columns are
+      -- those of the primary key now; a name that is no column would be a function of that name.
+      if exists (select from pg_index x where x.indrelid = tg_relid and x.indisprimary) then
+        execute format('select jsonb_agg(k.key) from (select jsonb_build_array(%s) as key from kakunin_rows r limit 100) k',
+          (select string_agg(format('left(format(''%%s'', r.%I), 100)', a.attname), ', ' order by array_position(x.indkey::smallint[], a.attnum))
+             from pg_index x join pg_attribute a on a.attrelid = x.indrelid and a.attnum = any (x.indkey::smallint[])
+            where x.indrelid = tg_relid and x.indisprimary))
+          into v_keys;
+      end if;
+      v_metadata := v_metadata || case when coalesce(octet_length(v_keys::text), 12001) > 12000
         then jsonb_build_object('keys_omitted', v_rows)
         else jsonb_build_object('keys', v_keys, 'keys_omitted', greatest(v_rows - 100, 0)) end;
     end if;
@@ -96,14 +101,12 @@ begin
     return;
   end if;
   if keys then
-    select string_agg(quote_literal(a.attname), ', ' order by array_position(x.indkey::smallint[], a.attnum)) into v_arguments
-      from pg_index x join pg_attribute a on a.attrelid = x.indrelid and a.attnum = any (x.indkey::smallint[])
-     where x.indrelid = target and x.indisprimary;
-    if v_arguments is null then
+    if not exists (select from pg_index x where x.indrelid = target and x.indisprimary) then
       raise exception using errcode = 'KA010',
         message = format('%s has no primary key, so there are no keys to record', target),
         hint = 'Add one, or leave audit_keys away: the number of rows is recorded.';
     end if;
+    v_arguments := quote_literal('keys');
   end if;
   foreach v_event in array '{insert,update,delete,truncate}'::text[] loop
     execute format('create trigger %I after %s on %s %s for each statement execute function kakunin.record_changes(%s)',
@@ -138,7 +141,7 @@ begin
   select coalesce(jsonb_object_agg(p.polname, jsonb_build_object(
            'permissive', p.polpermissive, 'using', left(pg_get_expr(p.polqual, p.polrelid), 500),
            'check', left(pg_get_expr(p.polwithcheck, p.polrelid), 500))), '{}') into v_policies
-    from (select * from pg_policy y where y.polrelid = target order by y.polname limit 100) p;
+    from (select * from pg_policy y where y.polrelid = target order by y.polname <> 'kakunin_isolation', y.polname limit 100) p;
   perform kakunin_private.record(
     case when v_table.relrowsecurity and v_policies ? 'kakunin_isolation' then 'policy.protected' else 'policy.unprotected' end,
     null, jsonb_build_object('table', v_table.name, 'row_security', v_table.relrowsecurity, 'forced', v_table.relforcerowsecurity,

@@ -630,7 +630,7 @@ declare
   v_path  jsonb := '[]'::jsonb;
 begin
   select l.entry, l.agent_id into v_entry, v_agent from kakunin_private.ledger l where l.event_id = inclusion_proof.event_id;
-  if not found or not (pg_has_role(session_user, 'kakunin_auditor', 'usage') or v_agent is not distinct from kakunin.current_agent_id()) then
+  if not found or not (pg_has_role(session_user, 'kakunin_auditor', 'usage') or coalesce(v_agent = kakunin.current_agent_id(), false)) then
     raise exception using errcode = 'KA010',
       message = format('no event %s', coalesce(inclusion_proof.event_id::text, 'NULL')),
       hint = 'Ids are in kakunin.audit_log. What was archived is proved from its export.';
@@ -720,7 +720,7 @@ begin
                                    least(ledger_leaves.first_index + max_entries, b.tree_size) - b.first_index) i
              where b.tree_size > ledger_leaves.first_index and b.first_index < ledger_leaves.first_index + max_entries) n
       left join kakunin_private.ledger l on l.event_id = n.event_id
-     order by n.index;
+     order by n.index, l.recorded_at;
 end
 $$;
 comment on function kakunin.ledger_leaves(bigint, integer) is

@@ -1230,7 +1230,7 @@ def test_a_partition_is_archived_once_its_time_has_passed_and_it_was_exported(
         database.run("worker", archive, [partition])
     assert database.value("operator", archive, [partition]) == count
     assert events(database, count)[-3:] == [
-        ("ledger.exported", None, {"first_index": size, "tree_size": size, "sha256": None}),
+        ("ledger.exported", None, {"first_index": size, "tree_size": size, "sha256": sha256}),
         ("ledger.exported", None, {"first_index": 0, "tree_size": size, "sha256": sha256}),
         ("ledger.archived", None, {
             "partition": partition, "entries": count, "leaves": f"{{[0,{count})}}", "exported_size": size,
@@ -2143,11 +2143,11 @@ def test_the_status_says_how_far_it_is(movable: tuple[Database, Callable[[str], 
         0,
     )
     move("100 seconds")
-    assert 100 <= status()["lag_seconds"] < 160
+    assert status()["lag_seconds"] >= 100
     database.seal()
     now = status("worker")
     assert (now["tree_size"], now["signed_size"], now["lag_entries"]) == (total, 0, total)
-    assert 100 <= now["lag_seconds"] < 160
+    assert now["lag_seconds"] >= 100
     database.seal_and_sign(key)
     now = status("auditor")
     assert (now["tree_size"], now["signed_size"], now["lag_entries"], now["lag_seconds"]) == (

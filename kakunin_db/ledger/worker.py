@@ -32,7 +32,7 @@ from psycopg.rows import dict_row
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
 from .heads import TreeHead
 from .merkle import verify_consistency
-from .witness import Witness
+from .witness import Witness, WitnessError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -312,7 +312,10 @@ class Worker:
             ours = error if isinstance(error, KakuninError) else named(error)
             if ours is None:
                 raise
-            self._failed("integrity" if isinstance(ours, LedgerIntegrityError) else "signer", ours)
+            if isinstance(ours, LedgerIntegrityError):
+                self._failed("integrity", ours)
+            else:
+                self._failed("witness" if isinstance(ours, WitnessError) else "signer", ours)
             self._retry = min(max(self._retry * 2, self._settings.interval), _LONGEST_PAUSE)
             self._not_before = time.monotonic() + self._retry
             self._signers.clear()
