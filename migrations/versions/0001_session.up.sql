@@ -2300,8 +2300,9 @@ comment on function kakunin.open_session(text) is
 -- signature with the pinned key, and that a list leaves nothing out, before it stores it.
 --
 -- A receipt is the UTF-8 of a JSON text in canonical form (RFC 8785), so that a verifier hashes the bytes as
--- they are. Nobody is notified: what is due is a question, because any login can hold NOTIFY up, or fill its queue,
--- and no revocation may wait for that or fail by it.
+-- they are. What is due to be signed is a question. Caches of certificates' states are told at once, on the channel
+-- kakunin_revocation and with the agent's id; but any login can fill the queue of notifications, and no revocation may
+-- fail by it, so none is sent where it is half full: a cache must not keep an answer for long anyhow.
 --
 -- Which backend is bound to what is known from locks, which a binding takes: mark_bound() in the file on sessions.
 
@@ -2321,6 +2322,18 @@ begin
 end
 $$;
 comment on function kakunin_private.check_revocation_reason(text) is 'KA010 unless it is a reason of RFC 5280 that can be given for good';
+
+create function kakunin_private.notify_revocation(p_agent_id uuid) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  if pg_notification_queue_usage() < 0.5 then
+    perform pg_notify('kakunin_revocation', p_agent_id::text);
+  end if;
+end
+$$;
+comment on function kakunin_private.notify_revocation(uuid) is
+  'Tells whoever listens on kakunin_revocation that the agent, or a certificate of it, was stopped or let go on';
 
 create function kakunin_private.revoke(p_serials text[], p_reason text, p_at timestamptz default null) returns text[]
 language plpgsql volatile parallel unsafe
@@ -2342,7 +2355,8 @@ begin
   foreach v_serial in array v_serials loop
     perform kakunin_private.stop(case when v_at > v_now then 'end ' else '' end || v_serial);
     perform kakunin_private.record('certificate.revoked', c.agent_id, jsonb_build_object(
-              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at)))
+              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at))),
+            kakunin_private.notify_revocation(c.agent_id)
        from kakunin_private.certificates c where c.serial = v_serial;
   end loop;
   return v_serials;
@@ -2382,6 +2396,7 @@ begin
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
   perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
+  perform kakunin_private.notify_revocation(suspend_agent.agent_id);
 end
 $$;
 comment on function kakunin.suspend_agent(uuid, text) is
@@ -2397,6 +2412,7 @@ begin
    where a.agent_id = reinstate_agent.agent_id;
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
+  perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
