@@ -68,7 +68,7 @@ class AgentSuspendedError(KakuninError):
 
 
 class SpendLimitError(KakuninError):
-    """KA009: over the certified spend limit."""
+    """KA009: outside the certified financial scope: amount, day, venue, instrument or leverage."""
 
     sqlstate = "KA009"
 
@@ -77,6 +77,12 @@ class BadInputError(KakuninError, ValueError):
     """KA010: an argument is not what it must be; also raised in Python before anything is sent."""
 
     sqlstate = "KA010"
+
+
+class RiskTooHighError(KakuninError):
+    """KA011: the agent's risk is too high for this, for now."""
+
+    sqlstate = "KA011"
 
 
 class SignerError(KakuninError):
@@ -100,6 +106,7 @@ _BY_SQLSTATE: dict[str, type[KakuninError]] = {
         AgentSuspendedError,
         SpendLimitError,
         BadInputError,
+        RiskTooHighError,
     )
 }
 

@@ -51,10 +51,16 @@ create table kakunin_private.agents (
   created_at       timestamptz not null default now(),
   suspended_at     timestamptz,
   suspended_reason text,
+  risk_exempt      boolean not null default false,
+  risk_factor      double precision not null default 1 check (risk_factor between 0.1 and 10),
+  risk_epoch       integer not null default 0,
   check ((suspended_at is null) = (suspended_reason is null)),
   check (model is not null or model_hash is null)
 );
 comment on table kakunin_private.agents is 'One row an agent. Suspension stops all its certificates and can be lifted';
+comment on column kakunin_private.agents.risk_exempt is 'Scored, but nothing follows from it';
+comment on column kakunin_private.agents.risk_factor is 'What its excess is multiplied by: above 1 it is judged more severely';
+comment on column kakunin_private.agents.risk_epoch is 'Counts reinstatements: what was scored before the last one is not held against it';
 comment on column kakunin_private.agents.model_hash is
   'What the agent is to run, as compute_model_hash() gives it; a certificate for another is not registered';
 
@@ -111,6 +117,15 @@ comment on column kakunin_private.certificates.public_key_modulus is
 comment on column kakunin_private.certificates.revoked_at is
   'From this moment on it is revoked. It lies ahead where another certificate takes its place after an overlap';
 
+-- Written in the agent's own transaction, which may stay open: so it locks nothing that an operator's decision needs.
+create table kakunin_private.risk_stops (
+  agent_id   uuid primary key,
+  stopped_at timestamptz not null,
+  reason     text not null
+);
+comment on table kakunin_private.risk_stops is
+  'Agents that their own score has revoked (62_risk.sql), until settle_risk() has revoked their certificates. No foreign key: checking one locks the agent''s row';
+
 -- Stops: a transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) does not see a revocation
 -- committed since, and SET TRANSACTION SNAPSHOT hands an old snapshot to ever new transactions. But names in
 -- the catalog are looked up as committed, whatever the snapshot. So every revocation, suspension and
@@ -127,7 +142,7 @@ begin
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id) or a retired session key (key and its id)';
+  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id), a stop by risk (risk and the agent id) or a retired session key (key and its id)';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
@@ -162,6 +177,7 @@ language plpgsql stable parallel safe
 as $$
 begin
   return kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
+    or kakunin_private.is_stopped('risk ' || p_agent_id)
     or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
 end
 $$;
@@ -186,6 +202,7 @@ as $$
 declare
   v_certificate kakunin_private.certificates;
   v_agent       kakunin_private.agents;
+  v_risk        text;
   v_now         timestamptz := kakunin_private.clock();
 begin
   select * into v_certificate from kakunin_private.certificates c where c.serial = p_serial;
@@ -195,12 +212,13 @@ begin
       hint = 'Register it with kakunin.register_certificate(der), or check that this is the right database.';
   end if;
   select * into v_agent from kakunin_private.agents a where a.agent_id = v_certificate.agent_id;
-  if v_certificate.revoked_at <= v_now or kakunin_private.is_stopped(p_serial)
+  select r.reason into v_risk from kakunin_private.risk_stops r where r.agent_id = v_certificate.agent_id;
+  if v_risk is not null or v_certificate.revoked_at <= v_now or kakunin_private.is_stopped('risk ' || v_certificate.agent_id) or kakunin_private.is_stopped(p_serial)
     or (v_certificate.revoked_at is null and not kakunin_private.snapshot_is_fresh()
         and kakunin_private.is_stopped('end ' || p_serial)) then
     raise exception using errcode = 'KA002',
       message = format('certificate %s was revoked: %s', p_serial,
-        coalesce(v_certificate.revocation_reason, 'after this transaction took its snapshot')),
+        coalesce(v_risk, v_certificate.revocation_reason, 'after this transaction took its snapshot')),
       hint = 'Revocation is final. Certify the agent anew.';
   elsif v_now < v_certificate.not_before then
     raise exception using errcode = 'KA003',
@@ -657,6 +675,7 @@ create function kakunin_private.certificate_status(
 ) returns text
 language sql volatile parallel safe
 return case
+  when exists (select from kakunin_private.risk_stops r where r.agent_id = p_agent_id) then 'revoked'
   when kakunin_private.is_usable(p_serial, p_revoked_at, p_not_before, p_not_after, p_agent_id, p_suspended_at) then 'active'
   when p_revoked_at <= kakunin_private.clock() then 'revoked'
   when kakunin_private.clock() < p_not_before then 'not_yet_valid'

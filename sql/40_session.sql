@@ -277,13 +277,18 @@ return pg_try_advisory_xact_lock_shared(
   hashtext(p_binding collate "C") # timestamp_hash(transaction_timestamp() at time zone interval '0'), hashtext(p_serial collate "C"));
 comment on function kakunin_private.mark_bound(text, text) is 'Marks this transaction as bound to the serial; false where another session holds the lock';
 
+create type kakunin_private.bound as (
+  serial text, agent_id uuid, financial_scope jsonb, risk_exempt boolean, risk_factor double precision, risk_epoch integer
+);
+comment on type kakunin_private.bound is 'What a session is bound to, and what scoring its events needs';
+
 -- The certificate behind a binding, if the binding is genuine and the certificate may be used now; no row otherwise.
 -- bound_serial() and is_usable() in one, written to be inlined: every statement on a protected table pays for this, and
 -- a second query would double that.
-create function kakunin_private.bound_certificate(p_binding text) returns table (serial text, agent_id uuid)
+create function kakunin_private.bound_certificate(p_binding text) returns setof kakunin_private.bound
 language sql stable parallel restricted rows 1
 begin atomic
-  select c.serial, c.agent_id
+  select c.serial, c.agent_id, c.financial_scope, a.risk_exempt, a.risk_factor, a.risk_epoch
     from kakunin_private.session_keys k
     join kakunin_private.certificates c on c.serial = split_part(p_binding, '|', 2)
     join kakunin_private.agents a on a.agent_id = c.agent_id
@@ -292,7 +297,8 @@ begin atomic
      and kakunin_private.key_is_good(k.key_id, k.valid_until)
      and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, p_binding)
      and (split_part(p_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(p_binding, '|', 4)))
-     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at);
+     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+     and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id);
 end;
 comment on function kakunin_private.bound_certificate(text) is
   'Serial and agent of a binding that this session may use now. Whoever believes it marks the transaction: mark_bound()';
@@ -318,7 +324,8 @@ begin
       from kakunin_private.certificates c
       join kakunin_private.agents a on a.agent_id = c.agent_id
      where c.serial = v_serial
-       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
+       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id));
 end
 $$;
 comment on function kakunin.current_cert_serial() is
@@ -491,7 +498,8 @@ declare
 begin
   select c.serial,
          kakunin_private.is_future(split_part(v_ticket, '.', 5)) as fresh,
-         kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at) as usable,
+         kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+           and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id) as usable,
          kakunin_private.make_binding(
            k.inner_pad, k.outer_pad,
            k.key_id || '|' || c.serial || case when is_local then '|x|0' else '|s|' || split_part(v_ticket, '.', 5) end,

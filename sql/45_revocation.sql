@@ -121,16 +121,18 @@ language plpgsql volatile parallel unsafe security definer set search_path = pg_
 as $$
 begin
   perform kakunin_private.lock_agent(reinstate_agent.agent_id);
+  -- What its score stopped is revoked first: that is final, and a reinstated agent needs another certificate.
+  perform kakunin_private.settle(reinstate_agent.agent_id);
   update kakunin_private.agents a
-     set suspended_at = null, suspended_reason = null
+     set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1
    where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
+  execute format('drop domain if exists kakunin_private.%I, kakunin_private.%I', reinstate_agent.agent_id, 'risk ' || reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
   perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
-  'Lifts a suspension. Revoked certificates stay revoked. For kakunin_operator';
+  'Lifts a suspension and begins the agent''s risk score anew. Revoked certificates stay revoked. For kakunin_operator';
 
 create function kakunin.distrust_ca(key_id text, reason text default 'unspecified') returns text[]
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp

@@ -25,12 +25,41 @@ create table kakunin_private.chains (
   chain_id bigint generated always as identity primary key,
   agent_id uuid not null,
   sequence bigint not null,
-  head     bytea not null  -- no check on it: one is parsed anew by every append
+  head     bytea not null,  -- no checks here: they are parsed anew by every append
+  -- What the events appended to it add to the risk of their agent: 62_risk.sql.
+  risk_epoch    integer not null default 0,
+  risk_at       timestamptz not null default '-infinity',
+  hard          double precision not null default 0,
+  soft          double precision not null default 0,
+  drift         double precision not null default 0,
+  alerted       boolean not null default false,
+  hour          timestamptz,
+  hour_soft     double precision not null default 0,
+  counts        jsonb not null default '{}',
+  expected      double precision,
+  amount_n      double precision not null default 0,
+  amount_mean   double precision not null default 0,
+  amount_square double precision not null default 0,
+  rows_n        double precision not null default 0,
+  rows_mean     double precision not null default 0,
+  rows_square   double precision not null default 0,
+  known         integer not null default 0,
+  spent_on      timestamptz,
+  spent_usd     numeric not null default 0
 ) with (fillfactor = 50);  -- room for its next version on the same page
 create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
 comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
+comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour';
+comment on column kakunin_private.chains.drift is 'Excess that drift stands for, as worked out at the beginning of the hour';
+comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
+comment on column kakunin_private.chains.counts is
+  'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
+comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
+comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise';
+comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';
+comment on column kakunin_private.chains.spent_usd is 'Amounts of transaction_initiated on the day spent_on (UTC)';
 
 comment on sequence kakunin_private.chains_chain_id_seq is 'Ids of chains';
 
@@ -177,75 +206,107 @@ end
 $$;
 comment on function kakunin_private.wake_worker() is 'Notifies the worker if it sleeps and nobody has yet';
 
--- One statement: starting one costs more here than what it does.
-create function kakunin_private.append(
-  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid
-) returns jsonb
+create type kakunin_private.taken as (chain kakunin_private.chains, installation uuid, asleep boolean);
+comment on type kakunin_private.taken is 'A chain that this transaction has locked, and what appending to it needs to know';
+
+create type kakunin_private.assessed as (chain kakunin_private.chains, risk jsonb);
+comment on type kakunin_private.assessed is 'A chain as it is after an event, and what is said of the event';
+
+-- Nobody ever waits here: chains that others hold are passed over, and where there is no other one it makes one.
+create function kakunin_private.take_chain(p_chain_of uuid) returns kakunin_private.taken
 language plpgsql volatile parallel unsafe
 as $$
 declare
   c_decisions constant uuid := '00000000-0000-0000-0000-000000000000'::uuid;
   -- A transaction that keeps its snapshot cannot continue a chain that went on since (40001). An agent's has to be run
   -- again, as with any row; a decision must not fail by the one before it, and begins another chain.
-  v_any    constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
-  v_entry  jsonb;
-  v_asleep boolean;
+  v_any   constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
+  v_taken kakunin_private.taken;
 begin
   loop
-    with free as materialized (
-      select c.chain_id, c.sequence + 1 as sequence, c.head as prev,
-             (select s.asleep from kakunin_private.sleeper s) as asleep,
-             (select i.installation_id from kakunin_private.installation i) as installation
-        from kakunin_private.chains c
-       where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
-       order by c.chain_id
-       limit 1
-         for update of c skip locked
-    ), chain as materialized (
-      -- The id is drawn while the chain is held, so that ids rise along it; and while the ledger's table is, which
-      -- the statement has from its beginning, for reseal().
-      select f.*, nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at from free f
-    ), written as materialized (
-      select n.*, concat(
-               '{"kakunin":"entry/1","installation":"', n.installation,
-               '","event_id":', n.event_id,
-               ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-               '","event_type":"', p_event_type,
-               case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
-               case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
-               ',"login":', to_json(session_user::text),
-               ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
-               ',"chain":', n.chain_id, ',"sequence":', n.sequence, ',"prev":"', encode(n.prev, 'hex'),
-               '","metadata":', p_metadata, '}') as entry
-        from chain n
-    ), hashed as materialized (
-      select w.*, kakunin_private.leaf_hash(w.entry) as hash from written w
-    ), moved as (
-      -- By its key, and not its ctid: what is locked may be a newer version of the row than the snapshot has.
-      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.chain_id = h.chain_id
-      returning h.*
-    ), inserted as (
-      insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
-      select m.event_id, m.recorded_at, p_agent_id, pg_current_xact_id(), m.entry from moved m
-    )
-    select jsonb_build_object(
-             'event_id', h.event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
-             'recorded_at', to_char(h.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-             'chain', h.chain_id, 'sequence', h.sequence, 'hash', encode(h.hash, 'hex'), 'prev', encode(h.prev, 'hex')),
-           h.asleep
-      into v_entry, v_asleep from moved h;
+    select c as chain, (select i.installation_id from kakunin_private.installation i) as installation,
+           (select s.asleep from kakunin_private.sleeper s) as asleep
+      into v_taken
+      from kakunin_private.chains c
+     where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
+     order by c.chain_id
+     limit 1
+       for update of c skip locked;
     exit when found;
-    -- None yet, or others hold them all.
     insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
   end loop;
-  if v_asleep and p_serial is not null then  -- of an agent, and nobody else
+  return v_taken;
+end
+$$;
+comment on function kakunin_private.take_chain(uuid) is
+  'Locks the first free chain of an owner (the nil UUID for decisions), or a new one, for this transaction';
+
+create function kakunin_private.write_entry(
+  p_chain kakunin_private.chains, p_installation uuid,
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text
+) returns jsonb
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_event_id    bigint;
+  v_recorded_at timestamptz;
+  v_entry       text;
+  v_hash        bytea;
+begin
+  -- The id is drawn while the chain is held, so that ids rise along it; and while the ledger's table is, which the
+  -- statement has from its beginning, for reseal().
+  insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
+  select n.event_id, n.recorded_at, p_agent_id, pg_current_xact_id(), concat(
+           '{"kakunin":"entry/1","installation":"', p_installation,
+           '","event_id":', n.event_id,
+           ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+           '","event_type":"', p_event_type,
+           case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
+           case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
+           ',"login":', to_json(session_user::text),
+           ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
+           ',"chain":', p_chain.chain_id, ',"sequence":', p_chain.sequence + 1, ',"prev":"', encode(p_chain.head, 'hex'),
+           '","metadata":', p_metadata, '}')
+    from (select nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at offset 0) n
+  returning event_id, recorded_at, entry into v_event_id, v_recorded_at, v_entry;
+  v_hash := kakunin_private.leaf_hash(v_entry);
+  -- By its key, and not its ctid: what is locked may be a newer version of the row than a snapshot has.
+  update kakunin_private.chains c
+     set sequence = p_chain.sequence + 1, head = v_hash, risk_epoch = p_chain.risk_epoch, risk_at = p_chain.risk_at,
+         hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
+         hour_soft = p_chain.hour_soft, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
+         amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
+         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, known = p_chain.known,
+         spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
+   where c.chain_id = p_chain.chain_id;
+  return jsonb_build_object(
+    'event_id', v_event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
+    'recorded_at', kakunin_private.rfc3339(v_recorded_at),
+    'chain', p_chain.chain_id, 'sequence', p_chain.sequence + 1, 'hash', encode(v_hash, 'hex'), 'prev', encode(p_chain.head, 'hex'));
+end
+$$;
+comment on function kakunin_private.write_entry(kakunin_private.chains, uuid, text, uuid, text, text, text) is
+  'Appends an entry to a chain that this transaction has taken, stores the chain as it is given and says where the entry stands';
+
+create function kakunin_private.append(
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid
+) returns jsonb
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_taken constant kakunin_private.taken := kakunin_private.take_chain(p_chain_of);
+  v_entry jsonb;
+begin
+  v_entry := kakunin_private.write_entry(
+    v_taken.chain, v_taken.installation, p_event_type, p_agent_id, p_serial, p_session_id, p_metadata);
+  if v_taken.asleep and p_serial is not null then  -- of an agent, and nobody else
     perform kakunin_private.wake_worker();
   end if;
   return v_entry;
 end
 $$;
 comment on function kakunin_private.append(text, uuid, text, text, text, uuid) is
-  'Appends an entry to the first free chain of its owner (the nil UUID for decisions) and says where it stands';
+  'Appends an entry to the first free chain of its owner (the nil UUID for decisions) and says where it stands. It is not scored';
 
 create function kakunin_private.record(p_event_type text, p_agent_id uuid, p_metadata jsonb) returns void
 language plpgsql volatile parallel unsafe
@@ -274,22 +335,38 @@ return (
   select max(n.depth) > 64 from nested n);
 comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and objects are nested more than 64 deep';
 
-create function kakunin.audit_log_append(event_type text, metadata jsonb default '{}', session_id text default null)
-returns jsonb
+create function kakunin.audit_log_append(
+  event_type text, metadata jsonb default '{}', session_id text default null, occurred_at timestamptz default null
+) returns jsonb
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now      constant timestamptz := kakunin_private.clock();
   v_type     text collate "C" := event_type;
-  v_metadata text collate "C" := coalesce(metadata, '{}')::text;
+  v_event    jsonb := coalesce(metadata, '{}');
+  v_metadata text collate "C";
   v_binding  text collate "C" := current_setting('kakunin.session', true);
-  v_serial   text collate "C";
-  v_agent_id uuid;
+  v_bound    kakunin_private.bound;
+  v_taken    kakunin_private.taken;
+  v_scored   kakunin_private.assessed;
+  v_entry    jsonb;
 begin
   if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
     raise exception using errcode = 'KA010',
       message = 'an event type is 1 to 64 characters from A-Z a-z 0-9 _ : -, and begins with a letter',
       hint = 'Such as api_call, data_access or transaction_initiated. Names with a dot are the kit''s own.';
   end if;
+  if audit_log_append.occurred_at is not null then
+    -- Clocks differ; what is further ahead would move the agent's hours.
+    if audit_log_append.occurred_at > v_now + interval '30 seconds' or audit_log_append.occurred_at < v_now - interval '30 days' then
+      raise exception using errcode = 'KA010',
+        message = 'an event occurred within the last 30 days, and not later than now',
+        hint = 'Compare the clocks. What is older an operator brings in with kakunin.import_events().';
+    elsif jsonb_typeof(v_event) = 'object' then
+      v_event := v_event || jsonb_build_object('occurred_at', kakunin_private.rfc3339(audit_log_append.occurred_at));
+    end if;
+  end if;
+  v_metadata := v_event::text;
   -- Small enough to stay in the row's page, so that sealing and verifying read no other.
   if octet_length(v_metadata) > 16384 or octet_length(session_id) > 200 then
     raise exception using errcode = 'KA010',
@@ -299,21 +376,30 @@ begin
   elsif length(v_metadata) - length(translate(v_metadata, '[{', '')) > 64 and kakunin_private.is_too_deep(metadata) then
     raise exception using errcode = 'KA010', message = 'an event''s metadata is nested more than 64 deep';
   end if;
-  select b.serial, b.agent_id into v_serial, v_agent_id from kakunin_private.bound_certificate(v_binding) b
+  select b.* into v_bound from kakunin_private.bound_certificate(v_binding) b
    where kakunin_private.mark_bound(v_binding, b.serial);
   if not found then
     -- By another way than a binding, or it raises what is wrong.
-    v_serial := kakunin.require_session();
+    v_bound.serial := kakunin.require_session();
     if v_binding <> '' then
       perform kakunin_private.not_marked();
     end if;
-    select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+    select c.serial, c.agent_id, c.financial_scope, a.risk_exempt, a.risk_factor, a.risk_epoch into v_bound
+      from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_bound.serial;
   end if;
-  return kakunin_private.append(v_type, v_agent_id, v_serial, session_id, v_metadata, v_agent_id);
+  v_taken := kakunin_private.take_chain(v_bound.agent_id);
+  v_scored := kakunin_private.assess(
+    v_taken.chain, v_type, v_event, v_bound, coalesce(audit_log_append.occurred_at, v_now), v_now);
+  v_entry := kakunin_private.write_entry(
+    v_scored.chain, v_taken.installation, v_type, v_bound.agent_id, v_bound.serial, session_id, v_metadata);
+  if v_taken.asleep then
+    perform kakunin_private.wake_worker();
+  end if;
+  return v_entry || v_scored.risk;
 end
 $$;
-comment on function kakunin.audit_log_append(text, jsonb, text) is
-  'Appends an event of the agent bound to this session to the ledger; returns event_id, chain, sequence and hashes. It stands when the transaction commits. For kakunin_agent and kakunin_gateway';
+comment on function kakunin.audit_log_append(text, jsonb, text, timestamptz) is
+  'Appends an event of the agent bound to this session to the ledger and scores it; returns event_id, chain, sequence and hashes, the event''s score, band and factors, and the agent''s agent_score and agent_band. It stands when the transaction commits. For kakunin_agent and kakunin_gateway';
 
 -- Two branches, so that an agent reads its own by the index and an auditor scans. What an entry says is read from the
 -- entry. A view's functions are called with its reader's rights, so none here is of the private schema.

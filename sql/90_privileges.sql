@@ -43,9 +43,24 @@ grant execute on function kakunin.crls_due(), kakunin.revocations(text) to
 grant execute on function kakunin.publish_crl(bytea), kakunin.sign_halt(uuid, text, bytea) to
   kakunin_registrar, kakunin_operator, kakunin_worker;
 
-grant execute on function kakunin.audit_log_append(text, jsonb, text) to kakunin_agent, kakunin_gateway;
+grant execute on function kakunin.audit_log_append(text, jsonb, text, timestamptz) to kakunin_agent, kakunin_gateway;
 grant select on kakunin.audit_log to kakunin_agent, kakunin_gateway, kakunin_auditor;
-grant execute on function kakunin.current_agent_id() to kakunin_auditor;  -- the view calls it, and a view's functions are its reader's to call
+grant execute on function kakunin.current_agent_id() to kakunin_auditor, kakunin_operator;  -- the view calls it, and a view's functions are its reader's to call
+
+-- Risk: the three tools of an agent, what policies ask, and what follows.
+grant execute on function
+  kakunin.check_risk_score(), kakunin.verify_agent_scope(text, numeric, text, text, numeric),
+  kakunin.require_spend(numeric, text, text, numeric, boolean), kakunin.require_risk_below(text, boolean)
+  to kakunin_agent, kakunin_gateway;
+grant execute on function kakunin.agent_risk(uuid) to kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.set_risk(jsonb), kakunin.set_agent_risk(uuid, text, boolean, double precision), kakunin.review_risk(bigint, text),
+  kakunin.import_events(uuid, jsonb)
+  to kakunin_operator;
+grant execute on function kakunin.settle_risk() to kakunin_worker, kakunin_operator;
+grant select on kakunin.risk_by_hour, kakunin.risk_by_day, kakunin.risk_contributions to
+  kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;
+grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;
 
 -- The worker seals and signs. It reads no entry.
 grant execute on function

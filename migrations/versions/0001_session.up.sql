@@ -863,10 +863,16 @@ create table kakunin_private.agents (
   created_at       timestamptz not null default now(),
   suspended_at     timestamptz,
   suspended_reason text,
+  risk_exempt      boolean not null default false,
+  risk_factor      double precision not null default 1 check (risk_factor between 0.1 and 10),
+  risk_epoch       integer not null default 0,
   check ((suspended_at is null) = (suspended_reason is null)),
   check (model is not null or model_hash is null)
 );
 comment on table kakunin_private.agents is 'One row an agent. Suspension stops all its certificates and can be lifted';
+comment on column kakunin_private.agents.risk_exempt is 'Scored, but nothing follows from it';
+comment on column kakunin_private.agents.risk_factor is 'What its excess is multiplied by: above 1 it is judged more severely';
+comment on column kakunin_private.agents.risk_epoch is 'Counts reinstatements: what was scored before the last one is not held against it';
 comment on column kakunin_private.agents.model_hash is
   'What the agent is to run, as compute_model_hash() gives it; a certificate for another is not registered';
 
@@ -923,6 +929,15 @@ comment on column kakunin_private.certificates.public_key_modulus is
 comment on column kakunin_private.certificates.revoked_at is
   'From this moment on it is revoked. It lies ahead where another certificate takes its place after an overlap';
 
+-- Written in the agent's own transaction, which may stay open: so it locks nothing that an operator's decision needs.
+create table kakunin_private.risk_stops (
+  agent_id   uuid primary key,
+  stopped_at timestamptz not null,
+  reason     text not null
+);
+comment on table kakunin_private.risk_stops is
+  'Agents that their own score has revoked (62_risk.sql), until settle_risk() has revoked their certificates. No foreign key: checking one locks the agent''s row';
+
 -- Stops: a transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) does not see a revocation
 -- committed since, and SET TRANSACTION SNAPSHOT hands an old snapshot to ever new transactions. But names in
 -- the catalog are looked up as committed, whatever the snapshot. So every revocation, suspension and
@@ -939,7 +954,7 @@ begin
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id) or a retired session key (key and its id)';
+  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id), a stop by risk (risk and the agent id) or a retired session key (key and its id)';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
@@ -974,6 +989,7 @@ language plpgsql stable parallel safe
 as $$
 begin
   return kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
+    or kakunin_private.is_stopped('risk ' || p_agent_id)
     or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
 end
 $$;
@@ -998,6 +1014,7 @@ as $$
 declare
   v_certificate kakunin_private.certificates;
   v_agent       kakunin_private.agents;
+  v_risk        text;
   v_now         timestamptz := kakunin_private.clock();
 begin
   select * into v_certificate from kakunin_private.certificates c where c.serial = p_serial;
@@ -1007,12 +1024,13 @@ begin
       hint = 'Register it with kakunin.register_certificate(der), or check that this is the right database.';
   end if;
   select * into v_agent from kakunin_private.agents a where a.agent_id = v_certificate.agent_id;
-  if v_certificate.revoked_at <= v_now or kakunin_private.is_stopped(p_serial)
+  select r.reason into v_risk from kakunin_private.risk_stops r where r.agent_id = v_certificate.agent_id;
+  if v_risk is not null or v_certificate.revoked_at <= v_now or kakunin_private.is_stopped('risk ' || v_certificate.agent_id) or kakunin_private.is_stopped(p_serial)
     or (v_certificate.revoked_at is null and not kakunin_private.snapshot_is_fresh()
         and kakunin_private.is_stopped('end ' || p_serial)) then
     raise exception using errcode = 'KA002',
       message = format('certificate %s was revoked: %s', p_serial,
-        coalesce(v_certificate.revocation_reason, 'after this transaction took its snapshot')),
+        coalesce(v_risk, v_certificate.revocation_reason, 'after this transaction took its snapshot')),
       hint = 'Revocation is final. Certify the agent anew.';
   elsif v_now < v_certificate.not_before then
     raise exception using errcode = 'KA003',
@@ -1469,6 +1487,7 @@ create function kakunin_private.certificate_status(
 ) returns text
 language sql volatile parallel safe
 return case
+  when exists (select from kakunin_private.risk_stops r where r.agent_id = p_agent_id) then 'revoked'
   when kakunin_private.is_usable(p_serial, p_revoked_at, p_not_before, p_not_after, p_agent_id, p_suspended_at) then 'active'
   when p_revoked_at <= kakunin_private.clock() then 'revoked'
   when kakunin_private.clock() < p_not_before then 'not_yet_valid'
@@ -1841,13 +1860,18 @@ return pg_try_advisory_xact_lock_shared(
   hashtext(p_binding collate "C") # timestamp_hash(transaction_timestamp() at time zone interval '0'), hashtext(p_serial collate "C"));
 comment on function kakunin_private.mark_bound(text, text) is 'Marks this transaction as bound to the serial; false where another session holds the lock';
 
+create type kakunin_private.bound as (
+  serial text, agent_id uuid, financial_scope jsonb, risk_exempt boolean, risk_factor double precision, risk_epoch integer
+);
+comment on type kakunin_private.bound is 'What a session is bound to, and what scoring its events needs';
+
 -- The certificate behind a binding, if the binding is genuine and the certificate may be used now; no row otherwise.
 -- bound_serial() and is_usable() in one, written to be inlined: every statement on a protected table pays for this, and
 -- a second query would double that.
-create function kakunin_private.bound_certificate(p_binding text) returns table (serial text, agent_id uuid)
+create function kakunin_private.bound_certificate(p_binding text) returns setof kakunin_private.bound
 language sql stable parallel restricted rows 1
 begin atomic
-  select c.serial, c.agent_id
+  select c.serial, c.agent_id, c.financial_scope, a.risk_exempt, a.risk_factor, a.risk_epoch
     from kakunin_private.session_keys k
     join kakunin_private.certificates c on c.serial = split_part(p_binding, '|', 2)
     join kakunin_private.agents a on a.agent_id = c.agent_id
@@ -1856,7 +1880,8 @@ begin atomic
      and kakunin_private.key_is_good(k.key_id, k.valid_until)
      and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, p_binding)
      and (split_part(p_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(p_binding, '|', 4)))
-     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at);
+     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+     and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id);
 end;
 comment on function kakunin_private.bound_certificate(text) is
   'Serial and agent of a binding that this session may use now. Whoever believes it marks the transaction: mark_bound()';
@@ -1882,7 +1907,8 @@ begin
       from kakunin_private.certificates c
       join kakunin_private.agents a on a.agent_id = c.agent_id
      where c.serial = v_serial
-       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at));
+       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id));
 end
 $$;
 comment on function kakunin.current_cert_serial() is
@@ -2055,7 +2081,8 @@ declare
 begin
   select c.serial,
          kakunin_private.is_future(split_part(v_ticket, '.', 5)) as fresh,
-         kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at) as usable,
+         kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+           and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id) as usable,
          kakunin_private.make_binding(
            k.inner_pad, k.outer_pad,
            k.key_id || '|' || c.serial || case when is_local then '|x|0' else '|s|' || split_part(v_ticket, '.', 5) end,
@@ -2407,16 +2434,18 @@ language plpgsql volatile parallel unsafe security definer set search_path = pg_
 as $$
 begin
   perform kakunin_private.lock_agent(reinstate_agent.agent_id);
+  -- What its score stopped is revoked first: that is final, and a reinstated agent needs another certificate.
+  perform kakunin_private.settle(reinstate_agent.agent_id);
   update kakunin_private.agents a
-     set suspended_at = null, suspended_reason = null
+     set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1
    where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
+  execute format('drop domain if exists kakunin_private.%I, kakunin_private.%I', reinstate_agent.agent_id, 'risk ' || reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
   perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
-  'Lifts a suspension. Revoked certificates stay revoked. For kakunin_operator';
+  'Lifts a suspension and begins the agent''s risk score anew. Revoked certificates stay revoked. For kakunin_operator';
 
 create function kakunin.distrust_ca(key_id text, reason text default 'unspecified') returns text[]
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -3180,12 +3209,41 @@ create table kakunin_private.chains (
   chain_id bigint generated always as identity primary key,
   agent_id uuid not null,
   sequence bigint not null,
-  head     bytea not null  -- no check on it: one is parsed anew by every append
+  head     bytea not null,  -- no checks here: they are parsed anew by every append
+  -- What the events appended to it add to the risk of their agent: 62_risk.sql.
+  risk_epoch    integer not null default 0,
+  risk_at       timestamptz not null default '-infinity',
+  hard          double precision not null default 0,
+  soft          double precision not null default 0,
+  drift         double precision not null default 0,
+  alerted       boolean not null default false,
+  hour          timestamptz,
+  hour_soft     double precision not null default 0,
+  counts        jsonb not null default '{}',
+  expected      double precision,
+  amount_n      double precision not null default 0,
+  amount_mean   double precision not null default 0,
+  amount_square double precision not null default 0,
+  rows_n        double precision not null default 0,
+  rows_mean     double precision not null default 0,
+  rows_square   double precision not null default 0,
+  known         integer not null default 0,
+  spent_on      timestamptz,
+  spent_usd     numeric not null default 0
 ) with (fillfactor = 50);  -- room for its next version on the same page
 create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
 comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
+comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour';
+comment on column kakunin_private.chains.drift is 'Excess that drift stands for, as worked out at the beginning of the hour';
+comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
+comment on column kakunin_private.chains.counts is
+  'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
+comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
+comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise';
+comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';
+comment on column kakunin_private.chains.spent_usd is 'Amounts of transaction_initiated on the day spent_on (UTC)';
 
 comment on sequence kakunin_private.chains_chain_id_seq is 'Ids of chains';
 
@@ -3332,75 +3390,107 @@ end
 $$;
 comment on function kakunin_private.wake_worker() is 'Notifies the worker if it sleeps and nobody has yet';
 
--- One statement: starting one costs more here than what it does.
-create function kakunin_private.append(
-  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid
-) returns jsonb
+create type kakunin_private.taken as (chain kakunin_private.chains, installation uuid, asleep boolean);
+comment on type kakunin_private.taken is 'A chain that this transaction has locked, and what appending to it needs to know';
+
+create type kakunin_private.assessed as (chain kakunin_private.chains, risk jsonb);
+comment on type kakunin_private.assessed is 'A chain as it is after an event, and what is said of the event';
+
+-- Nobody ever waits here: chains that others hold are passed over, and where there is no other one it makes one.
+create function kakunin_private.take_chain(p_chain_of uuid) returns kakunin_private.taken
 language plpgsql volatile parallel unsafe
 as $$
 declare
   c_decisions constant uuid := '00000000-0000-0000-0000-000000000000'::uuid;
   -- A transaction that keeps its snapshot cannot continue a chain that went on since (40001). An agent's has to be run
   -- again, as with any row; a decision must not fail by the one before it, and begins another chain.
-  v_any    constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
-  v_entry  jsonb;
-  v_asleep boolean;
+  v_any   constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
+  v_taken kakunin_private.taken;
 begin
   loop
-    with free as materialized (
-      select c.chain_id, c.sequence + 1 as sequence, c.head as prev,
-             (select s.asleep from kakunin_private.sleeper s) as asleep,
-             (select i.installation_id from kakunin_private.installation i) as installation
-        from kakunin_private.chains c
-       where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
-       order by c.chain_id
-       limit 1
-         for update of c skip locked
-    ), chain as materialized (
-      -- The id is drawn while the chain is held, so that ids rise along it; and while the ledger's table is, which
-      -- the statement has from its beginning, for reseal().
-      select f.*, nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at from free f
-    ), written as materialized (
-      select n.*, concat(
-               '{"kakunin":"entry/1","installation":"', n.installation,
-               '","event_id":', n.event_id,
-               ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-               '","event_type":"', p_event_type,
-               case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
-               case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
-               ',"login":', to_json(session_user::text),
-               ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
-               ',"chain":', n.chain_id, ',"sequence":', n.sequence, ',"prev":"', encode(n.prev, 'hex'),
-               '","metadata":', p_metadata, '}') as entry
-        from chain n
-    ), hashed as materialized (
-      select w.*, kakunin_private.leaf_hash(w.entry) as hash from written w
-    ), moved as (
-      -- By its key, and not its ctid: what is locked may be a newer version of the row than the snapshot has.
-      update kakunin_private.chains c set sequence = h.sequence, head = h.hash from hashed h where c.chain_id = h.chain_id
-      returning h.*
-    ), inserted as (
-      insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
-      select m.event_id, m.recorded_at, p_agent_id, pg_current_xact_id(), m.entry from moved m
-    )
-    select jsonb_build_object(
-             'event_id', h.event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
-             'recorded_at', to_char(h.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
-             'chain', h.chain_id, 'sequence', h.sequence, 'hash', encode(h.hash, 'hex'), 'prev', encode(h.prev, 'hex')),
-           h.asleep
-      into v_entry, v_asleep from moved h;
+    select c as chain, (select i.installation_id from kakunin_private.installation i) as installation,
+           (select s.asleep from kakunin_private.sleeper s) as asleep
+      into v_taken
+      from kakunin_private.chains c
+     where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
+     order by c.chain_id
+     limit 1
+       for update of c skip locked;
     exit when found;
-    -- None yet, or others hold them all.
     insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
   end loop;
-  if v_asleep and p_serial is not null then  -- of an agent, and nobody else
+  return v_taken;
+end
+$$;
+comment on function kakunin_private.take_chain(uuid) is
+  'Locks the first free chain of an owner (the nil UUID for decisions), or a new one, for this transaction';
+
+create function kakunin_private.write_entry(
+  p_chain kakunin_private.chains, p_installation uuid,
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text
+) returns jsonb
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_event_id    bigint;
+  v_recorded_at timestamptz;
+  v_entry       text;
+  v_hash        bytea;
+begin
+  -- The id is drawn while the chain is held, so that ids rise along it; and while the ledger's table is, which the
+  -- statement has from its beginning, for reseal().
+  insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)
+  select n.event_id, n.recorded_at, p_agent_id, pg_current_xact_id(), concat(
+           '{"kakunin":"entry/1","installation":"', p_installation,
+           '","event_id":', n.event_id,
+           ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+           '","event_type":"', p_event_type,
+           case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
+           case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
+           ',"login":', to_json(session_user::text),
+           ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
+           ',"chain":', p_chain.chain_id, ',"sequence":', p_chain.sequence + 1, ',"prev":"', encode(p_chain.head, 'hex'),
+           '","metadata":', p_metadata, '}')
+    from (select nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at offset 0) n
+  returning event_id, recorded_at, entry into v_event_id, v_recorded_at, v_entry;
+  v_hash := kakunin_private.leaf_hash(v_entry);
+  -- By its key, and not its ctid: what is locked may be a newer version of the row than a snapshot has.
+  update kakunin_private.chains c
+     set sequence = p_chain.sequence + 1, head = v_hash, risk_epoch = p_chain.risk_epoch, risk_at = p_chain.risk_at,
+         hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
+         hour_soft = p_chain.hour_soft, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
+         amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
+         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, known = p_chain.known,
+         spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
+   where c.chain_id = p_chain.chain_id;
+  return jsonb_build_object(
+    'event_id', v_event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
+    'recorded_at', kakunin_private.rfc3339(v_recorded_at),
+    'chain', p_chain.chain_id, 'sequence', p_chain.sequence + 1, 'hash', encode(v_hash, 'hex'), 'prev', encode(p_chain.head, 'hex'));
+end
+$$;
+comment on function kakunin_private.write_entry(kakunin_private.chains, uuid, text, uuid, text, text, text) is
+  'Appends an entry to a chain that this transaction has taken, stores the chain as it is given and says where the entry stands';
+
+create function kakunin_private.append(
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_chain_of uuid
+) returns jsonb
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_taken constant kakunin_private.taken := kakunin_private.take_chain(p_chain_of);
+  v_entry jsonb;
+begin
+  v_entry := kakunin_private.write_entry(
+    v_taken.chain, v_taken.installation, p_event_type, p_agent_id, p_serial, p_session_id, p_metadata);
+  if v_taken.asleep and p_serial is not null then  -- of an agent, and nobody else
     perform kakunin_private.wake_worker();
   end if;
   return v_entry;
 end
 $$;
 comment on function kakunin_private.append(text, uuid, text, text, text, uuid) is
-  'Appends an entry to the first free chain of its owner (the nil UUID for decisions) and says where it stands';
+  'Appends an entry to the first free chain of its owner (the nil UUID for decisions) and says where it stands. It is not scored';
 
 create function kakunin_private.record(p_event_type text, p_agent_id uuid, p_metadata jsonb) returns void
 language plpgsql volatile parallel unsafe
@@ -3429,22 +3519,38 @@ return (
   select max(n.depth) > 64 from nested n);
 comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and objects are nested more than 64 deep';
 
-create function kakunin.audit_log_append(event_type text, metadata jsonb default '{}', session_id text default null)
-returns jsonb
+create function kakunin.audit_log_append(
+  event_type text, metadata jsonb default '{}', session_id text default null, occurred_at timestamptz default null
+) returns jsonb
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_now      constant timestamptz := kakunin_private.clock();
   v_type     text collate "C" := event_type;
-  v_metadata text collate "C" := coalesce(metadata, '{}')::text;
+  v_event    jsonb := coalesce(metadata, '{}');
+  v_metadata text collate "C";
   v_binding  text collate "C" := current_setting('kakunin.session', true);
-  v_serial   text collate "C";
-  v_agent_id uuid;
+  v_bound    kakunin_private.bound;
+  v_taken    kakunin_private.taken;
+  v_scored   kakunin_private.assessed;
+  v_entry    jsonb;
 begin
   if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
     raise exception using errcode = 'KA010',
       message = 'an event type is 1 to 64 characters from A-Z a-z 0-9 _ : -, and begins with a letter',
       hint = 'Such as api_call, data_access or transaction_initiated. Names with a dot are the kit''s own.';
   end if;
+  if audit_log_append.occurred_at is not null then
+    -- Clocks differ; what is further ahead would move the agent's hours.
+    if audit_log_append.occurred_at > v_now + interval '30 seconds' or audit_log_append.occurred_at < v_now - interval '30 days' then
+      raise exception using errcode = 'KA010',
+        message = 'an event occurred within the last 30 days, and not later than now',
+        hint = 'Compare the clocks. What is older an operator brings in with kakunin.import_events().';
+    elsif jsonb_typeof(v_event) = 'object' then
+      v_event := v_event || jsonb_build_object('occurred_at', kakunin_private.rfc3339(audit_log_append.occurred_at));
+    end if;
+  end if;
+  v_metadata := v_event::text;
   -- Small enough to stay in the row's page, so that sealing and verifying read no other.
   if octet_length(v_metadata) > 16384 or octet_length(session_id) > 200 then
     raise exception using errcode = 'KA010',
@@ -3454,21 +3560,30 @@ begin
   elsif length(v_metadata) - length(translate(v_metadata, '[{', '')) > 64 and kakunin_private.is_too_deep(metadata) then
     raise exception using errcode = 'KA010', message = 'an event''s metadata is nested more than 64 deep';
   end if;
-  select b.serial, b.agent_id into v_serial, v_agent_id from kakunin_private.bound_certificate(v_binding) b
+  select b.* into v_bound from kakunin_private.bound_certificate(v_binding) b
    where kakunin_private.mark_bound(v_binding, b.serial);
   if not found then
     -- By another way than a binding, or it raises what is wrong.
-    v_serial := kakunin.require_session();
+    v_bound.serial := kakunin.require_session();
     if v_binding <> '' then
       perform kakunin_private.not_marked();
     end if;
-    select c.agent_id into v_agent_id from kakunin_private.certificates c where c.serial = v_serial;
+    select c.serial, c.agent_id, c.financial_scope, a.risk_exempt, a.risk_factor, a.risk_epoch into v_bound
+      from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_bound.serial;
   end if;
-  return kakunin_private.append(v_type, v_agent_id, v_serial, session_id, v_metadata, v_agent_id);
+  v_taken := kakunin_private.take_chain(v_bound.agent_id);
+  v_scored := kakunin_private.assess(
+    v_taken.chain, v_type, v_event, v_bound, coalesce(audit_log_append.occurred_at, v_now), v_now);
+  v_entry := kakunin_private.write_entry(
+    v_scored.chain, v_taken.installation, v_type, v_bound.agent_id, v_bound.serial, session_id, v_metadata);
+  if v_taken.asleep then
+    perform kakunin_private.wake_worker();
+  end if;
+  return v_entry || v_scored.risk;
 end
 $$;
-comment on function kakunin.audit_log_append(text, jsonb, text) is
-  'Appends an event of the agent bound to this session to the ledger; returns event_id, chain, sequence and hashes. It stands when the transaction commits. For kakunin_agent and kakunin_gateway';
+comment on function kakunin.audit_log_append(text, jsonb, text, timestamptz) is
+  'Appends an event of the agent bound to this session to the ledger and scores it; returns event_id, chain, sequence and hashes, the event''s score, band and factors, and the agent''s agent_score and agent_band. It stands when the transaction commits. For kakunin_agent and kakunin_gateway';
 
 -- Two branches, so that an agent reads its own by the index and an auditor scans. What an entry says is read from the
 -- entry. A view's functions are called with its reader's rights, so none here is of the private schema.
@@ -3487,6 +3602,1060 @@ comment on view kakunin.audit_log is
   'The ledger''s entries: the bound agent''s own, or all of them for kakunin_auditor. For kakunin_agent, kakunin_gateway, kakunin_auditor';
 
 do $$ begin perform kakunin.make_partitions(); end $$;
+
+-- Risk: what an agent's events say about it, and what follows from that in the same commit.
+--
+-- Every event of audit_log_append() gets a score from 0 to 1: its type's base, raised by what is known of it.
+--
+--   hard    what is certain: the base of its type, and violations of the certificate's financial scope (a trade over
+--           its limit, a venue it may not use). At 0.85 (critical) or more it revokes by itself.
+--   soft    what is unusual for this agent: more events than in this hour of the day before, larger amounts or more rows,
+--           a venue, tool or table it never used, metadata that is no use. It raises the score to 0.84 at most.
+--
+-- Bands: low below 0.30, medium, high from 0.75, critical from 0.85.
+--
+-- The agent's own score is a noisy-or of what its events had in excess of 0.5, each fading with a half-life:
+--
+--   e_i = max(0, (s_i - 0.5) / 0.5)      R = 1 - prod (1 - e_i) ^ (2 ^ (-age_i / half-life))
+--
+-- In logarithms that is a sum, w_i = -ln(1 - e_i), which fades as a whole. So one number and the moment it was worked out at are
+-- all of the history that an event needs: its cost does not grow, time alone never raises a score, and another event
+-- never lowers it. Of what is unusual only the most of each hour counts, and of that and drift together no more than takes R to
+-- soft_limit: by what is merely unusual an agent comes to be high, and is read-only under a risk-adaptive policy, but it is not
+-- revoked.
+--
+-- Where the numbers are. In the row of the chain (60_ledger.sql) that the event is appended to, which its transaction
+-- has locked anyway: so nobody waits for another transaction's score. An agent that appends from several
+-- transactions at once has several chains, and its score is the sum over them. What concurrent transactions add is not
+-- seen by either; the next event sees it, and so does settle_risk(), which the worker calls.
+--
+-- What a critical score does. The agent's own transaction writes one row, into risk_stops (30_identity.sql), which every check of a certificate
+-- looks at: from its commit on no statement of any of its sessions is served. It does not lock its agent or certificates: it may
+-- stay open for as long as the agent likes, and the operator who halts it meanwhile must not wait. settle_risk() turns the stop into
+-- a suspension and revocations like an operator's, for revocation lists and for whoever asks later.
+--
+-- Whether it counts is decided with the agent's clock out of it: an event is scored at the moment it is recorded. One said to
+-- have occurred earlier goes to the hour it is of, and there it is counted apart: a baseline is not moved by hindsight.
+
+create table kakunin_private.risk_settings (
+  only_row        boolean primary key default true check (only_row),
+  mode            text collate "C" not null default 'enforce' check (mode in ('enforce', 'observe')),
+  base            jsonb not null default
+    '{"api_call": 0.1, "data_access": 0.1, "data_mutation": 0.3, "transaction_initiated": 0.3, "unauthorized_access_attempt": 0.78, "transaction_anomaly": 0.78, "other": 0.3}',
+  medium          double precision not null default 0.30,
+  high            double precision not null default 0.75,
+  critical        double precision not null default 0.85,
+  half_life       interval not null default '24 hours' check (half_life between '1 hour' and '30 days'),
+  soft_limit      double precision not null default 0.82 check (soft_limit between 0 and 0.99),
+  violation       double precision not null default 0.78 check (violation between 0 and 1),
+  gross           double precision not null default 0.95 check (gross between 0 and 1),
+  gross_ratio     double precision not null default 10 check (gross_ratio > 1),
+  rate_weight     double precision not null default 0.5 check (rate_weight between 0 and 0.99),
+  amount_weight   double precision not null default 0.4 check (amount_weight between 0 and 0.99),
+  rows_weight     double precision not null default 0.4 check (rows_weight between 0 and 0.99),
+  novelty_weight  double precision not null default 0.25 check (novelty_weight between 0 and 0.99),
+  malformed_weight double precision not null default 0.3 check (malformed_weight between 0 and 0.99),
+  drift_weight    double precision not null default 0.75 check (drift_weight between 0 and 0.99),
+  rate_floor      double precision not null default 20 check (rate_floor >= 1),
+  history_days    integer not null default 7 check (history_days between 1 and 30),
+  check (0 < medium and medium < high and high < critical and critical < 1),
+  check (violation < critical and gross >= critical)
+);
+insert into kakunin_private.risk_settings default values;
+comment on table kakunin_private.risk_settings is 'How events are scored and what follows. Changed by kakunin.set_risk()';
+comment on column kakunin_private.risk_settings.mode is 'observe: scores are worked out and alerts recorded, but nobody is revoked and nothing refused';
+comment on column kakunin_private.risk_settings.base is 'The base score of each event type; "other" is for those not named';
+comment on column kakunin_private.risk_settings.violation is 'The hard score of an event outside the certificate''s financial scope';
+comment on column kakunin_private.risk_settings.gross is 'The hard score of one gross_ratio times over a limit, or more';
+comment on column kakunin_private.risk_settings.rate_floor is 'Events an hour that are not unusual whatever the baseline says';
+comment on column kakunin_private.risk_settings.history_days is 'Days of history before anything is called unusual';
+
+create table kakunin_private.risk_hours (
+  agent_id   uuid not null,
+  hour       timestamptz not null,
+  chain_id   bigint not null,  -- 0 for what an operator imported
+  event_type text collate "C" not null,
+  events     bigint not null,
+  late       bigint not null default 0,
+  excess     double precision not null default 0,
+  amounts    bigint not null default 0,
+  amount_usd numeric not null default 0,
+  log_sum    double precision not null default 0,
+  log_square double precision not null default 0,
+  primary key (agent_id, hour, chain_id, event_type)
+);
+create index risk_hours_hour on kakunin_private.risk_hours (hour);
+comment on table kakunin_private.risk_hours is
+  'What each agent did, by hour; the present hour is in its chains. Kept for 60 days';
+comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it; "events" has the others';
+comment on column kakunin_private.risk_hours.excess is 'The sum of -ln(1 - e), for the contribution of a type to the score';
+comment on column kakunin_private.risk_hours.log_sum is 'Sum of the natural logarithms of amounts, and log_square of their squares';
+
+create table kakunin_private.risk_known (
+  agent_id uuid not null,
+  kind     text collate "C" not null,
+  digest   bytea not null,
+  chain_id bigint not null,
+  primary key (agent_id, kind, digest, chain_id)
+);
+comment on table kakunin_private.risk_known is 'Venues, tools and tables each agent has used, as the first 16 bytes of SHA-256; 256 a chain';
+
+create table kakunin_private.risk_reviews (
+  review_id  bigint generated always as identity primary key,
+  agent_id   uuid not null,
+  raised_at  timestamptz not null,
+  score      double precision not null,
+  factors    jsonb not null,
+  decided_at timestamptz,
+  decided_by name,
+  decision   text collate "C",
+  check (num_nulls(decided_at, decided_by, decision) in (0, 3))
+);
+create index risk_reviews_open on kakunin_private.risk_reviews (agent_id) where decided_at is null;
+comment on table kakunin_private.risk_reviews is 'Revocation checks: agents whose score came to be high, for an operator to look at';
+comment on sequence kakunin_private.risk_reviews_review_id_seq is 'Ids of revocation checks';
+
+-- Arithmetic -----------------------------------------------------------------------------------------
+
+create function kakunin_private.risk_band(p_score double precision, p_settings kakunin_private.risk_settings) returns text
+language sql immutable parallel safe
+return case when p_score >= (p_settings).critical then 'critical' when p_score >= (p_settings).high then 'high'
+            when p_score >= (p_settings).medium then 'medium' else 'low' end;
+comment on function kakunin_private.risk_band(double precision, kakunin_private.risk_settings) is 'low, medium, high or critical';
+
+create function kakunin_private.excess(p_score double precision) returns double precision
+language sql immutable parallel safe
+return -ln(1 - least(greatest(p_score - 0.5, 0) / 0.5, 0.999));
+comment on function kakunin_private.excess(double precision) is 'What a score adds: -ln(1 - e), e = max(0, (s - 0.5) / 0.5)';
+
+create function kakunin_private.faded(p_at timestamptz, p_now timestamptz, p_half_life interval) returns double precision
+language sql immutable parallel safe
+return power(0.5, least(greatest(extract(epoch from p_now - p_at)::double precision, 0)
+  / extract(epoch from p_half_life)::double precision, 1000));
+comment on function kakunin_private.faded(timestamptz, timestamptz, interval) is 'What is left of one after so long';
+
+-- The one definition of an agent's score, from what its chains sum up to.
+create function kakunin_private.agent_score(
+  p_hard double precision, p_soft double precision, p_drift double precision, p_factor double precision, p_limit double precision
+) returns double precision
+language sql immutable parallel safe
+return 1 - exp(-p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))));
+comment on function kakunin_private.agent_score(double precision, double precision, double precision, double precision, double precision) is
+  'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
+
+-- A number a caller wrote, whatever it wrote: NULL where it is none, or none that an amount could be.
+create function kakunin_private.magnitude(p_metadata jsonb, p_names text[], out value numeric, out malformed boolean)
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_name text;
+  v_text text collate "C";
+begin
+  malformed := false;
+  foreach v_name in array p_names loop
+    if p_metadata ? v_name and jsonb_typeof(p_metadata -> v_name) <> 'null' then
+      v_text := left(p_metadata ->> v_name, 64);
+      if jsonb_typeof(p_metadata -> v_name) in ('number', 'string') and v_text ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
+        value := greatest(value, v_text::numeric);
+      else
+        malformed := true;
+      end if;
+    end if;
+  end loop;
+end
+$$;
+comment on function kakunin_private.magnitude(jsonb, text[]) is
+  'The largest of these members as a number, and whether one of them is not zero or more, below 10^18';
+
+create function kakunin_private.label(p_metadata jsonb, p_names text[], out value text, out malformed boolean)
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_name text;
+begin
+  malformed := false;
+  foreach v_name in array p_names loop
+    if p_metadata ? v_name and jsonb_typeof(p_metadata -> v_name) <> 'null' then
+      if jsonb_typeof(p_metadata -> v_name) = 'string' and length(p_metadata ->> v_name) between 1 and 200 then
+        value := coalesce(value, p_metadata ->> v_name);
+      else
+        malformed := true;
+      end if;
+    end if;
+  end loop;
+end
+$$;
+comment on function kakunin_private.label(jsonb, text[]) is
+  'The first of these members that is a text, and whether one of them is not 1 to 200 characters';
+
+-- How far a value is beyond what this agent does: 0 up to three standard deviations above the mean of its logarithm, towards 1 beyond.
+create function kakunin_private.beyond(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
+returns double precision
+language sql immutable parallel safe
+return case when p_n >= 30 then
+  1 - 1 / (1 + greatest((p_value - p_mean) / greatest(sqrt(greatest(p_square / p_n, 0)), 0.25) - 3, 0) / 3) else 0 end;
+comment on function kakunin_private.beyond(double precision, double precision, double precision, double precision) is
+  'From 0 to 1; p_square is the sum of squared differences from the mean';
+
+-- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
+create function kakunin_private.violations(
+  p_scope jsonb, p_amount numeric, p_spent numeric, p_venue text, p_instrument text, p_leverage numeric
+) returns table (violation text, ratio double precision, reason text)
+language sql immutable parallel safe
+begin atomic
+  select l.violation, l.ratio, l.reason
+    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', p_amount, p_scope ->> 'max_single_trade_usd')
+            from kakunin_private.magnitude(p_scope, '{max_single_trade_usd}') m
+           where p_amount > coalesce(m.value, case when m.malformed then 0 end)
+          union all
+          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', p_spent + p_amount, p_scope ->> 'max_daily_usd')
+            from kakunin_private.magnitude(p_scope, '{max_daily_usd}') m
+           where p_amount > 0 and p_spent + p_amount > coalesce(m.value, case when m.malformed then 0 end)
+          union all
+          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', p_leverage, p_scope ->> 'max_leverage')
+            from kakunin_private.magnitude(p_scope, '{max_leverage}') m
+           where p_leverage > coalesce(m.value, case when m.malformed then 0 end)
+          union all
+          select 'venue', 1, format('venue %s is not in permitted_venues', quote_literal(left(p_venue, 100)))
+           where p_scope ? 'permitted_venues' and p_venue is not null
+             and not coalesce(jsonb_typeof(p_scope -> 'permitted_venues') = 'array' and p_scope -> 'permitted_venues' ? p_venue, false)
+          union all
+          select 'instrument', 1, format('instrument %s is not in permitted_instruments', quote_literal(left(p_instrument, 100)))
+           where p_scope ? 'permitted_instruments' and p_instrument is not null
+             and not coalesce(jsonb_typeof(p_scope -> 'permitted_instruments') = 'array' and p_scope -> 'permitted_instruments' ? p_instrument, false)
+         ) l(violation, ratio, reason);
+end;
+comment on function kakunin_private.violations(jsonb, numeric, numeric, text, text, numeric) is
+  'What of this is outside a financial scope: max_single_trade_usd, max_daily_usd, max_leverage, permitted_venues, permitted_instruments; ratio is how many times over';
+
+-- Drift: the last 7 days against the 23 before them. By the mix of event types (square root of the Jensen-Shannon
+-- divergence, in bits), by how far the mean logarithm of amounts has moved (in standard deviations) and by events a day. Each has a
+-- dead zone that sampling, a weekly rhythm and healthy growth stay within.
+create function kakunin_private.risk_drift(p_agent_id uuid, p_at timestamptz, out drift double precision, out factors jsonb)
+language sql stable parallel safe
+begin atomic
+  with hours as (
+    select h.event_type, h.hour >= p_at - interval '7 days' as recent, h.events, h.amounts, h.log_sum, h.log_square
+      from kakunin_private.risk_hours h
+     where h.agent_id = p_agent_id and h.hour >= p_at - interval '30 days' and h.hour < p_at
+  ), types as (
+    select t.event_type,
+           t.recent / nullif(sum(t.recent) over (), 0) as p, t.before / nullif(sum(t.before) over (), 0) as q
+      from (select h.event_type, coalesce(sum(h.events) filter (where h.recent), 0)::double precision as recent,
+                   coalesce(sum(h.events) filter (where not h.recent), 0)::double precision as before
+              from hours h group by h.event_type) t
+  ), mix as (
+    select sqrt(greatest(sum(
+             case when t.p > 0 then t.p * ln(2 * t.p / (t.p + t.q)) else 0 end
+             + case when t.q > 0 then t.q * ln(2 * t.q / (t.p + t.q)) else 0 end) / (2 * ln(2::double precision)), 0)) as distance
+      from types t
+  ), totals as (
+    select coalesce(sum(h.events) filter (where h.recent), 0) as recent, coalesce(sum(h.events) filter (where not h.recent), 0) as before,
+           sum(h.log_sum) filter (where h.recent) / nullif(sum(h.amounts) filter (where h.recent), 0) as mean_recent,
+           sum(h.log_sum) filter (where not h.recent) / nullif(sum(h.amounts) filter (where not h.recent), 0) as mean_before,
+           sum(h.log_square) filter (where not h.recent) / nullif(sum(h.amounts) filter (where not h.recent), 0) as square_before,
+           least(sum(h.amounts) filter (where h.recent), sum(h.amounts) filter (where not h.recent)) as amounts
+      from hours h
+  ), parts as (
+    select t.recent >= 50 and t.before >= 200 as enough, m.distance,
+           case when t.amounts >= 30
+             then (t.mean_recent - t.mean_before) / greatest(sqrt(greatest(t.square_before - t.mean_before ^ 2, 0)), 0.25) end as shift,
+           (t.recent / 7) / nullif(t.before / 23, 0) as growth
+      from totals t, mix m
+  ), shares as (
+    select p.enough, p.distance, p.shift, p.growth,
+           least(greatest((coalesce(p.distance, 0) - 0.3) / 0.4, 0), 1) as mix,
+           least(greatest((coalesce(p.shift, 0) - 1) / 2, 0), 1) as amount,
+           least(greatest((coalesce(p.growth, 0)::double precision - 3) / 7, 0), 1) as rate
+      from parts p
+  )
+  select case when s.enough then greatest(s.mix, s.amount, s.rate) end,
+         case when s.enough then jsonb_build_object(
+           'event_mix', round(s.mix::numeric, 3), 'amount', round(s.amount::numeric, 3), 'rate', round(s.rate::numeric, 3),
+           'event_mix_distance', round(s.distance::numeric, 3), 'amount_shift', round(s.shift::numeric, 3),
+           'events_a_day_ratio', round(s.growth::numeric, 3)) end
+    from shares s;
+end;
+comment on function kakunin_private.risk_drift(uuid, timestamptz) is
+  'Drift of an agent from 0 to 1 and what it consists of; NULL with less than 50 events in the last 7 days or 200 in the 23 before';
+
+-- An event ------------------------------------------------------------------------------------------
+
+-- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
+create function kakunin_private.roll(inout p_chain kakunin_private.chains, p_hour timestamptz, p_settings kakunin_private.risk_settings)
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  c_from   constant timestamptz := p_hour - interval '30 days';
+  v_other  record;
+  v_rate   record;
+begin
+  insert into kakunin_private.risk_hours as h
+    (agent_id, hour, chain_id, event_type, events, excess, amounts, amount_usd, log_sum, log_square)
+  select p_chain.agent_id, p_chain.hour, p_chain.chain_id, e.key, (e.value ->> 0)::bigint, (e.value ->> 1)::double precision,
+         (e.value ->> 2)::bigint, (e.value ->> 3)::numeric, (e.value ->> 4)::double precision, (e.value ->> 5)::double precision
+    from jsonb_each(p_chain.counts) e
+  on conflict (agent_id, hour, chain_id, event_type) do update
+     set events = h.events + excluded.events, excess = h.excess + excluded.excess, amounts = h.amounts + excluded.amounts,
+         amount_usd = h.amount_usd + excluded.amount_usd, log_sum = h.log_sum + excluded.log_sum, log_square = h.log_square + excluded.log_square;
+  p_chain.hour := p_hour;
+  p_chain.counts := '{}';
+  p_chain.hour_soft := 0;
+  -- Another chain of this agent has worked it out for this hour.
+  select c.expected, c.drift into v_other from kakunin_private.chains c
+   where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.hour = p_hour limit 1;
+  if found then
+    p_chain.expected := v_other.expected;
+    p_chain.drift := v_other.drift;
+    return;
+  end if;
+  -- Of the same hour of the day and the ones beside it, the most there was; and what a growing agent does anyhow.
+  select min(h.hour) as since, sum(h.events) / greatest(extract(epoch from p_hour - min(h.hour)) / 3600, 1) as overall,
+         max(h.events) filter (where (extract(epoch from p_hour - h.hour)::bigint / 3600 + 1) % 24 <= 2) as most,
+         sum(h.amounts)::double precision as amounts, sum(h.log_sum) as log_sum, sum(h.log_square) as log_square
+    into v_rate
+    from (select g.hour, sum(g.events) as events, sum(g.amounts) as amounts, sum(g.log_sum) as log_sum, sum(g.log_square) as log_square
+            from kakunin_private.risk_hours g
+           where g.agent_id = p_chain.agent_id and g.hour >= c_from and g.hour < p_hour
+           group by g.hour having sum(g.events) > 0) h;
+  p_chain.expected := case when v_rate.since <= p_hour - make_interval(days => p_settings.history_days)
+    then greatest(p_settings.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end;
+  -- A chain that is new knows no amounts, but its agent has had some.
+  if p_chain.amount_n < 30 and v_rate.amounts > 0 then
+    p_chain.amount_n := v_rate.amounts;
+    p_chain.amount_mean := v_rate.log_sum / v_rate.amounts;
+    p_chain.amount_square := greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0);
+  end if;
+  p_chain.drift := 0;
+  if v_rate.since <= p_hour - interval '14 days' then
+    p_chain.drift := kakunin_private.excess(0.5 + 0.5 * p_settings.drift_weight
+      * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0));
+  end if;
+end
+$$;
+comment on function kakunin_private.roll(kakunin_private.chains, timestamptz, kakunin_private.risk_settings) is
+  'Begins another hour of a chain: stores the last one, and works out what is usual in this one';
+
+create function kakunin_private.assess(
+  p_chain kakunin_private.chains, p_event_type text, p_metadata jsonb, p_bound kakunin_private.bound,
+  p_occurred_at timestamptz, p_recorded_at timestamptz
+) returns kakunin_private.assessed
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_hour       constant timestamptz := date_bin('1 hour', p_recorded_at, 'epoch');
+  v_today      constant timestamptz := date_bin('1 day', p_recorded_at, 'epoch');
+  v_set        kakunin_private.risk_settings;
+  v_others     record;
+  v_type       text collate "C" := p_event_type;
+  v_amount     record;
+  v_rows       record;
+  v_leverage   record;
+  v_venue      record;
+  v_instrument record;
+  v_tool       record;
+  v_table      record;
+  v_log        double precision;
+  v_hard       double precision;
+  v_score      double precision;
+  v_part       double precision;
+  v_soft       double precision;
+  v_total      double precision;
+  v_found      record;
+  v_kinds      text[];
+  v_digests    bytea[];
+  v_factors    jsonb := '{}'::jsonb;
+  v_risk       jsonb;
+  v_counts     jsonb;
+  v_band       text;
+  v_agent_band text;
+begin
+  select * into v_set from kakunin_private.risk_settings s;
+  if p_chain.risk_epoch <> p_bound.risk_epoch then  -- an operator let it begin anew
+    p_chain.risk_epoch := p_bound.risk_epoch;
+    p_chain.hard := 0;
+    p_chain.soft := 0;
+    p_chain.hour_soft := 0;
+    p_chain.alerted := false;
+  end if;
+  if p_chain.hour is null then
+    p_chain.hour := v_hour;
+    p_chain.hour := v_hour - interval '1 hour';
+  end if;
+  if p_chain.hour < v_hour then
+    p_chain := kakunin_private.roll(p_chain, v_hour, v_set);
+  end if;
+  select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as hard,
+         coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as soft,
+         coalesce(sum((select sum((e.value ->> 0)::bigint) from jsonb_each(c.counts) e)) filter (where c.hour = v_hour), 0) as events,
+         coalesce(sum(c.spent_usd) filter (where c.spent_on = v_today), 0) as spent
+    into v_others
+    from kakunin_private.chains c
+   where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.risk_epoch = p_bound.risk_epoch;
+
+  -- What it says. Nothing of it is believed but that it was said.
+  v_amount := kakunin_private.magnitude(p_metadata, '{amount_usd,amountUsd}');
+  v_rows := kakunin_private.magnitude(p_metadata, '{rows,row_count}');
+  v_leverage := kakunin_private.magnitude(p_metadata, '{leverage}');
+  v_venue := kakunin_private.label(p_metadata, '{venue}');
+  v_instrument := kakunin_private.label(p_metadata, '{instrument,symbol}');
+  v_tool := kakunin_private.label(p_metadata, '{tool,action}');
+  v_table := kakunin_private.label(p_metadata, '{table}');
+  if not v_set.base ? v_type then
+    v_type := 'other';
+  end if;
+  if p_chain.spent_on is distinct from v_today then
+    p_chain.spent_on := v_today;
+    p_chain.spent_usd := 0;
+  end if;
+
+  -- Certain.
+  v_hard := (v_set.base ->> v_type)::double precision;
+  if p_bound.financial_scope is not null then
+    for v_found in
+      select v.violation, v.ratio from kakunin_private.violations(
+        p_bound.financial_scope, v_amount.value, case when v_type = 'transaction_initiated' then v_others.spent + p_chain.spent_usd else 0 end,
+        v_venue.value, v_instrument.value, v_leverage.value) v
+    loop
+      v_part := case when coalesce(v_found.ratio >= v_set.gross_ratio, true) then v_set.gross else v_set.violation end;
+      v_factors := v_factors || jsonb_build_object(v_found.violation, round(v_part::numeric, 3));
+      v_hard := greatest(v_hard, v_part);
+    end loop;
+  end if;
+  if v_type = 'transaction_initiated' and v_amount.value > 0 then
+    p_chain.spent_usd := p_chain.spent_usd + v_amount.value;
+  end if;
+
+  -- Unusual.
+  v_score := v_hard;
+  if v_amount.malformed or v_rows.malformed or v_leverage.malformed or v_venue.malformed or v_instrument.malformed
+    or v_tool.malformed or v_table.malformed or jsonb_typeof(p_metadata) is distinct from 'object' then
+    v_factors := v_factors || jsonb_build_object('malformed_metadata', round(v_set.malformed_weight::numeric, 3));
+    v_score := 1 - (1 - v_score) * (1 - v_set.malformed_weight);
+  end if;
+  v_counts := p_chain.counts -> v_type;
+  if p_chain.expected is not null then
+    v_part := v_set.rate_weight * (1 - least(p_chain.expected / (1 + v_others.events
+      + coalesce((select sum((e.value ->> 0)::bigint) from jsonb_each(p_chain.counts) e), 0)), 1));
+    if v_part >= 0.01 then
+      v_factors := v_factors || jsonb_build_object('rate', round(v_part::numeric, 3));
+      v_score := 1 - (1 - v_score) * (1 - v_part);
+    end if;
+  end if;
+  if v_amount.value > 0 then
+    v_log := ln(greatest(v_amount.value, 0.01))::double precision;
+    v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
+    if p_chain.expected is not null and v_part >= 0.01 then
+      v_factors := v_factors || jsonb_build_object('amount_deviation', round(v_part::numeric, 3));
+      v_score := 1 - (1 - v_score) * (1 - v_part);
+    end if;
+    -- Welford's, with what is older than some thousand events fading.
+    p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
+    p_chain.amount_square := p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
+      + (v_log - p_chain.amount_mean) * (v_log - p_chain.amount_mean) * (p_chain.amount_n - 1) / p_chain.amount_n;
+    p_chain.amount_mean := p_chain.amount_mean + (v_log - p_chain.amount_mean) / p_chain.amount_n;
+  end if;
+  if v_rows.value > 0 then
+    v_part := v_set.rows_weight * kakunin_private.beyond(
+      ln(v_rows.value)::double precision, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
+    if p_chain.expected is not null and v_part >= 0.01 then
+      v_factors := v_factors || jsonb_build_object('rows', round(v_part::numeric, 3));
+      v_score := 1 - (1 - v_score) * (1 - v_part);
+    end if;
+    p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
+    p_chain.rows_square := p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
+      + (ln(v_rows.value)::double precision - p_chain.rows_mean) ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n;
+    p_chain.rows_mean := p_chain.rows_mean + (ln(v_rows.value)::double precision - p_chain.rows_mean) / p_chain.rows_n;
+  end if;
+  if num_nonnulls(v_venue.value, v_tool.value, v_table.value) > 0 then
+    select array_agg(k.kind), array_agg(k.digest) into v_kinds, v_digests
+      from (values ('venue', v_venue.value), ('tool', v_tool.value), ('table', v_table.value)) u(kind, value),
+           lateral (select u.kind, substr(sha256(convert_to(u.value, 'UTF8')), 1, 16) as digest) k
+     where u.value is not null
+       and not exists (select from kakunin_private.risk_known n
+                        where n.agent_id = p_chain.agent_id and n.kind = k.kind collate "C" and n.digest = k.digest);
+    if v_kinds is not null then
+      if p_chain.known < 256 then
+        insert into kakunin_private.risk_known (agent_id, kind, digest, chain_id)
+        select p_chain.agent_id, k.kind, k.digest, p_chain.chain_id from unnest(v_kinds, v_digests) k(kind, digest);
+        p_chain.known := p_chain.known + cardinality(v_kinds);
+      end if;
+      if p_chain.expected is not null then
+        v_factors := v_factors || jsonb_build_object('novelty', round(v_set.novelty_weight::numeric, 3), 'novel', to_jsonb(v_kinds));
+        v_score := 1 - (1 - v_score) * (1 - v_set.novelty_weight);
+      end if;
+    end if;
+  end if;
+  if v_hard < v_set.critical then
+    v_score := greatest(v_hard, least(v_score, v_set.critical - 0.01));
+  end if;
+
+  -- The agent's.
+  p_chain.hard := p_chain.hard * kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
+  p_chain.soft := p_chain.soft * kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
+  p_chain.risk_at := greatest(p_chain.risk_at, p_recorded_at);
+  p_chain.hard := p_chain.hard + kakunin_private.excess(v_hard);
+  v_soft := kakunin_private.excess(v_score) - kakunin_private.excess(v_hard);
+  p_chain.soft := p_chain.soft + greatest(v_soft - p_chain.hour_soft, 0);
+  p_chain.hour_soft := greatest(p_chain.hour_soft, v_soft);
+  v_total := kakunin_private.agent_score(
+    v_others.hard + p_chain.hard, v_others.soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
+
+  -- Where it is counted.
+  if p_occurred_at < v_hour then
+    insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, late)
+    values (p_chain.agent_id, date_bin('1 hour', p_occurred_at, 'epoch'), p_chain.chain_id, v_type, 0, 1)
+    on conflict (agent_id, hour, chain_id, event_type) do update set late = h.late + 1;
+  end if;
+  p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
+    coalesce((v_counts ->> 0)::bigint, 0) + case when p_occurred_at < v_hour then 0 else 1 end,
+    coalesce((v_counts ->> 1)::double precision, 0) + kakunin_private.excess(v_score),
+    coalesce((v_counts ->> 2)::bigint, 0) + case when v_amount.value > 0 then 1 else 0 end,
+    coalesce((v_counts ->> 3)::numeric, 0) + coalesce(v_amount.value, 0),
+    coalesce((v_counts ->> 4)::double precision, 0) + coalesce(v_log, 0),
+    coalesce((v_counts ->> 5)::double precision, 0) + coalesce(v_log * v_log, 0)));
+
+  v_band := kakunin_private.risk_band(v_score, v_set);
+  v_agent_band := kakunin_private.risk_band(v_total, v_set);
+  v_risk := jsonb_build_object('score', round(v_score::numeric, 4), 'band', v_band, 'factors', v_factors,
+    'agent_score', round(v_total::numeric, 4), 'agent_band', v_agent_band);
+  if not p_bound.risk_exempt then
+    if v_total >= v_set.high or v_hard >= v_set.critical then
+      v_risk := v_risk || kakunin_private.react(p_chain, p_bound.serial, v_risk,
+        v_set.mode = 'enforce' and (v_total >= v_set.critical or v_hard >= v_set.critical));
+      p_chain.alerted := true;
+    else
+      p_chain.alerted := false;
+    end if;
+  end if;
+  return (p_chain, v_risk);
+end
+$$;
+comment on function kakunin_private.assess(kakunin_private.chains, text, jsonb, kakunin_private.bound, timestamptz, timestamptz) is
+  'Scores an event of the bound agent: what its chain is after it, and what is said of it';
+
+create function kakunin_private.react(p_chain kakunin_private.chains, p_serial text, p_risk jsonb, p_revoke boolean) returns jsonb
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_known constant jsonb := p_risk || jsonb_build_object('serial', p_serial);
+begin
+  if not p_chain.alerted then
+    insert into kakunin_private.risk_reviews (agent_id, raised_at, score, factors)
+    values (p_chain.agent_id, kakunin_private.clock(), (p_risk ->> 'agent_score')::double precision, p_risk);
+    perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
+  end if;
+  if p_revoke then
+    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
+    values (p_chain.agent_id, kakunin_private.clock(),
+            format('risk score %s (%s), event score %s', p_risk ->> 'agent_score', p_risk ->> 'agent_band', p_risk ->> 'score'))
+    on conflict (agent_id) do nothing;
+    if found then
+      perform kakunin_private.stop('risk ' || p_chain.agent_id);
+      perform kakunin_private.record('agent.revoked', p_chain.agent_id, v_known);
+      perform kakunin_private.notify_revocation(p_chain.agent_id);
+    end if;
+  end if;
+  return jsonb_build_object('revoked', p_revoke);
+end
+$$;
+comment on function kakunin_private.react(kakunin_private.chains, text, jsonb, boolean) is
+  'What follows from a high score: a revocation check and an alert once, and at a critical one the stop';
+
+-- An agent's score -----------------------------------------------------------------------------------
+
+create function kakunin_private.risk_of(
+  p_agent_id uuid, out score double precision, out drift double precision, out hard double precision, out soft double precision,
+  out spent_usd numeric, out band text, out established boolean
+)
+language sql stable parallel restricted
+begin atomic
+  with moment as (
+    select kakunin_private.clock() as at
+  ), summed as (
+    select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, m.at, s.half_life)), 0) as hard,
+           coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, m.at, s.half_life)), 0) as soft,
+           -- Worked out by whichever chain was used last, and it says nothing of an agent that does nothing.
+           coalesce(max(c.drift) filter (where c.hour > m.at - interval '7 days'), 0) as drift,
+           coalesce(sum(c.spent_usd) filter (where c.spent_on = date_bin('1 day', m.at, 'epoch')), 0) as spent,
+           coalesce(bool_or(c.expected is not null), false) as established
+      from moment m cross join kakunin_private.risk_settings s
+      left join kakunin_private.agents a on a.agent_id = p_agent_id
+      left join kakunin_private.chains c on c.agent_id = a.agent_id and c.risk_epoch = a.risk_epoch
+  ), scored as (
+    select kakunin_private.agent_score(u.hard, u.soft, u.drift, a.risk_factor, s.soft_limit) as score, u.*, s as settings
+      from summed u cross join kakunin_private.risk_settings s
+      join kakunin_private.agents a on a.agent_id = p_agent_id
+  )
+  select r.score, r.drift, r.hard, r.soft, r.spent,
+         case when exists (select from kakunin_private.risk_stops t where t.agent_id = p_agent_id) then 'critical'
+              else kakunin_private.risk_band(r.score, r.settings) end,
+         r.established
+    from scored r;
+end;
+comment on function kakunin_private.risk_of(uuid) is 'Where the risk of an agent stands at this moment; no row for an agent that is unknown';
+
+create function kakunin_private.risk_profile(p_agent_id uuid) returns jsonb
+language plpgsql stable parallel restricted
+as $$
+declare
+  v_now  constant timestamptz := kakunin_private.clock();
+  v_risk record;
+  v_day  record;
+  v_drift record;
+  v_types jsonb;
+begin
+  v_risk := kakunin_private.risk_of(p_agent_id);
+  select coalesce(sum(h.excess) filter (where h.hour >= v_now - interval '1 day'), 0) as day,
+         coalesce(sum(h.excess) filter (where h.hour < v_now - interval '1 day' and h.hour >= v_now - interval '7 days'), 0) / 6 as before,
+         coalesce(sum(h.events), 0) as events
+    into v_day
+    from kakunin_private.risk_buckets h
+   where h.agent_id = p_agent_id and h.hour >= v_now - interval '30 days';
+  select coalesce(jsonb_object_agg(t.event_type, jsonb_build_object('events', t.events, 'contribution', t.contribution)), '{}') into v_types
+    from (select h.event_type, sum(h.events) as events,
+                 round((sum(h.excess) / nullif(sum(sum(h.excess)) over (), 0))::numeric, 4) as contribution
+            from kakunin_private.risk_buckets h
+           where h.agent_id = p_agent_id and h.hour >= v_now - interval '30 days'
+           group by h.event_type) t;
+  v_drift := kakunin_private.risk_drift(p_agent_id, v_now);
+  return jsonb_build_object(
+    'agent_id', p_agent_id,
+    'score', round(v_risk.score::numeric, 4),
+    'band', v_risk.band,
+    'window_days', 30,
+    'events', v_day.events,
+    'by_event_type', v_types,
+    'trend', case when not v_risk.established then 'insufficient_data'
+                  when v_day.day > 1.25 * v_day.before + 0.05 then 'rising'
+                  when v_day.day < 0.8 * v_day.before - 0.05 then 'falling' else 'stable' end,
+    'drift', case when v_drift.drift is null then '"insufficient_data"'::jsonb
+                  else jsonb_build_object('score', round(v_drift.drift::numeric, 4), 'factors', v_drift.factors) end,
+    'recommendation', case v_risk.band
+      when 'low' then 'Proceed.'
+      when 'medium' then 'Throttle: reduce transaction limits.'
+      when 'high' then 'Stop writing and notify a human operator.'
+      else 'Stop: the agent is revoked, or about to be. Notify a human operator.' end);
+end
+$$;
+comment on function kakunin_private.risk_profile(uuid) is 'What check_risk_score() answers';
+
+create function kakunin.check_risk_score() returns jsonb
+language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return kakunin_private.risk_profile(
+    (select c.agent_id from kakunin_private.certificates c where c.serial = kakunin.require_session()));
+end
+$$;
+comment on function kakunin.check_risk_score() is
+  'The bound agent''s risk over 30 days: score, band, trend, drift, by_event_type and recommendation. Raises what require_session() raises. For kakunin_agent and kakunin_gateway';
+
+create function kakunin.agent_risk(agent_id uuid) returns jsonb
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if not exists (select from kakunin_private.agents a where a.agent_id = agent_risk.agent_id) then
+    raise exception using errcode = 'KA010', message = format('no agent %s', coalesce(agent_risk.agent_id::text, 'given'));
+  end if;
+  return kakunin_private.risk_profile(agent_risk.agent_id);
+end
+$$;
+comment on function kakunin.agent_risk(uuid) is 'What check_risk_score() answers this agent. For kakunin_operator and kakunin_auditor';
+
+create function kakunin.verify_agent_scope(
+  action text, amount_usd numeric default null, venue text default null, instrument text default null, leverage numeric default null
+) returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial  text collate "C";
+  v_bound   record;
+  v_risk    record;
+  v_reasons jsonb := '[]'::jsonb;
+  v_message text;
+  v_state   text;
+begin
+  begin
+    v_serial := kakunin.require_session();
+  exception
+    -- The answer of a tool, not an error of the transaction it is asked in. Anything but these goes on up.
+    when sqlstate 'KA001' or sqlstate 'KA002' or sqlstate 'KA003' or sqlstate 'KA004' or sqlstate 'KA008' then
+      get stacked diagnostics v_message = message_text, v_state = returned_sqlstate;
+      return jsonb_build_object('allowed', false, 'action', action, 'reason', v_message, 'code', v_state);
+  end;
+  select c.agent_id, c.permitted_actions, c.financial_scope into v_bound from kakunin_private.certificates c where c.serial = v_serial;
+  v_risk := kakunin_private.risk_of(v_bound.agent_id);
+  if not coalesce(kakunin.has_scope(verify_agent_scope.action), false) then
+    v_reasons := v_reasons || jsonb_build_array(format(
+      'the certificate does not permit %s', coalesce(quote_literal(left(verify_agent_scope.action, 128)), 'NULL')));
+  end if;
+  -- Neither is a number that a limit can be compared with.
+  if not coalesce(verify_agent_scope.amount_usd between 0 and 1e18, true) or not coalesce(verify_agent_scope.leverage between 0 and 1e18, true) then
+    v_reasons := v_reasons || '["amount and leverage must be zero or more"]'::jsonb;
+  else
+    v_reasons := v_reasons || coalesce((
+      select jsonb_agg(v.reason) from kakunin_private.violations(
+        v_bound.financial_scope, verify_agent_scope.amount_usd, v_risk.spent_usd, verify_agent_scope.venue, verify_agent_scope.instrument,
+        verify_agent_scope.leverage) v), '[]');
+  end if;
+  return jsonb_build_object(
+    'allowed', v_reasons = '[]', 'action', verify_agent_scope.action,
+    'reason', case when v_reasons = '[]' then 'permitted by the certificate' else (select string_agg(r, '; ') from jsonb_array_elements_text(v_reasons) r) end,
+    'code', case when v_reasons <> '[]' then 'KA005' end,
+    'agent_id', v_bound.agent_id, 'certificate_serial', v_serial,
+    'risk_score', round(v_risk.score::numeric, 4), 'risk_band', v_risk.band);
+end
+$$;
+comment on function kakunin.verify_agent_scope(text, numeric, text, text, numeric) is
+  'Whether the bound certificate permits this action, amount, venue, instrument and leverage: allowed and reason, and code where it is not. It decides nothing by itself: policies do. For kakunin_agent and kakunin_gateway';
+
+-- For policies ---------------------------------------------------------------------------------------
+
+create table kakunin_private.spending (
+  agent_id   uuid not null,
+  day        timestamptz not null,
+  amount_usd numeric not null,
+  primary key (agent_id, day)
+);
+comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC)';
+
+create function kakunin_private.refused(p_observe boolean, p_agent_id uuid, p_code text, p_message text, p_hint text) returns boolean
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  if p_observe or (select s.mode = 'observe' from kakunin_private.risk_settings s) then
+    raise warning using message = 'observed, and would be refused: ' || p_message;
+    perform kakunin_private.record('policy.observed', p_agent_id, jsonb_build_object('code', p_code, 'reason', p_message));
+    return true;
+  end if;
+  raise exception using errcode = p_code, message = p_message, hint = p_hint;
+end
+$$;
+comment on function kakunin_private.refused(boolean, uuid, text, text, text) is
+  'Raises, or in observe mode records that it would have, and says true';
+
+create function kakunin.require_spend(
+  amount_usd numeric, venue text default null, instrument text default null, leverage numeric default null, observe boolean default false
+) returns boolean
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text collate "C" := kakunin.require_session();
+  v_now    constant timestamptz := kakunin_private.clock();
+  v_bound  record;
+  v_spent  numeric := 0.0;
+  v_reason text;
+begin
+  select c.agent_id, coalesce(c.financial_scope, '{}') as scope into v_bound from kakunin_private.certificates c where c.serial = v_serial;
+  if require_spend.amount_usd is null or not require_spend.amount_usd between 0 and 1e18
+    or not coalesce(require_spend.leverage between 0 and 1e18, true) then
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
+      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(require_spend.amount_usd::text, 'NULL')),
+      'Give the amount in USD.');
+  end if;
+  if v_bound.scope ? 'max_daily_usd' then
+    -- The row is held until the transaction ends: two of an agent's cannot both spend what is left. No other agent waits.
+    insert into kakunin_private.spending as s (agent_id, day, amount_usd)
+    values (v_bound.agent_id, date_bin('1 day', v_now, 'epoch'), require_spend.amount_usd)
+    on conflict (agent_id, day) do update set amount_usd = s.amount_usd + excluded.amount_usd
+    returning s.amount_usd - require_spend.amount_usd into v_spent;
+  end if;
+  select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
+    v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
+  if v_reason is not null then
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
+      format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
+  end if;
+  return true;
+end
+$$;
+comment on function kakunin.require_spend(numeric, text, text, numeric, boolean) is
+  'True where the bound certificate''s financial scope permits to spend this, which is then counted towards max_daily_usd; otherwise KA009. For policies, WITH CHECK, a row at a time; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
+
+create function kakunin.require_risk_below(band text default 'high', observe boolean default false) returns boolean
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_bands constant text[] collate "C" := '{low,medium,high,critical}'::text[];
+  v_serial text collate "C" := kakunin.require_session();
+  v_agent  record;
+  v_risk   record;
+begin
+  if coalesce(band collate "C" not in ('medium', 'high', 'critical'), true) then
+    raise exception using errcode = 'KA010', message = 'the band is medium, high or critical';
+  end if;
+  select a.agent_id, a.risk_exempt into v_agent
+    from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_serial;
+  v_risk := kakunin_private.risk_of(v_agent.agent_id);
+  if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band) then
+    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, 'KA011',
+      format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
+      'Wait until the score has fallen, or have an operator review it.');
+  end if;
+  return true;
+end
+$$;
+comment on function kakunin.require_risk_below(text, boolean) is
+  'True while the bound agent''s band is below this one; otherwise KA011. For policies: (select kakunin.require_risk_below(''high'')) makes a table read-only; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
+
+-- Operators ------------------------------------------------------------------------------------------
+
+create function kakunin.set_risk(settings jsonb) returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_before kakunin_private.risk_settings;
+  v_after  kakunin_private.risk_settings;
+  v_name   text;
+begin
+  select * into v_before from kakunin_private.risk_settings s for update;
+  if coalesce(jsonb_typeof(settings), 'null') <> 'object' then
+    raise exception using errcode = 'KA010', message = 'the settings of risk are a JSON object', hint = 'Such as {"half_life": "12 hours"}.';
+  end if;
+  select k into v_name from jsonb_object_keys(settings) k where k = 'only_row' or not to_jsonb(v_before) ? k limit 1;
+  if found then
+    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64)));
+  end if;
+  if settings ? 'base' and (
+    coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
+    or exists (select from jsonb_each(case jsonb_typeof(settings -> 'base') when 'object' then settings -> 'base' else '{}' end) e
+                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999)
+    or (select count(*) from jsonb_object_keys(settings -> 'base')) > 100) then
+    raise exception using errcode = 'KA010',
+      message = 'base is an object of at most 100 event types and their scores from 0 to 0.999, "other" among them';
+  end if;
+  begin
+    v_after := jsonb_populate_record(v_before, settings);
+    update kakunin_private.risk_settings s
+       set (mode, base, medium, high, critical, half_life, soft_limit, violation, gross, gross_ratio, rate_weight, amount_weight,
+            rows_weight, novelty_weight, malformed_weight, drift_weight, rate_floor, history_days)
+         = (select v_after.mode, v_after.base, v_after.medium, v_after.high, v_after.critical, v_after.half_life, v_after.soft_limit,
+                   v_after.violation, v_after.gross, v_after.gross_ratio, v_after.rate_weight, v_after.amount_weight,
+                   v_after.rows_weight, v_after.novelty_weight, v_after.malformed_weight, v_after.drift_weight,
+                   v_after.rate_floor, v_after.history_days);
+  exception
+    when check_violation or not_null_violation or data_exception then
+      raise exception using errcode = 'KA010', message = format('a setting of risk is not what it must be: %s', sqlerrm),
+        hint = 'Thresholds rise from medium to critical, weights are 0 to 0.99, half_life is an hour to 30 days.';
+  end;
+  perform kakunin_private.record('settings.changed', null, jsonb_build_object('risk', settings));
+  return to_jsonb(v_after) - 'only_row';
+end
+$$;
+comment on function kakunin.set_risk(jsonb) is
+  'Changes settings of risk (those named), which the ledger records; returns all of them. set_risk(''{}'') shows them. For kakunin_operator';
+
+create function kakunin.set_agent_risk(agent_id uuid, reason text, exempt boolean default null, factor double precision default null)
+returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform kakunin_private.check_text('a reason', set_agent_risk.reason, 1000);
+  if num_nulls(exempt, factor) = 2 or not coalesce(factor between 0.1 and 10, true) then
+    raise exception using errcode = 'KA010', message = 'set_agent_risk() needs exempt (true or false) or a factor from 0.1 to 10';
+  end if;
+  perform kakunin_private.lock_agent(set_agent_risk.agent_id);
+  update kakunin_private.agents a
+     set risk_exempt = coalesce(exempt, a.risk_exempt), risk_factor = coalesce(factor, a.risk_factor)
+   where a.agent_id = set_agent_risk.agent_id;
+  perform kakunin_private.record('agent.risk_set', set_agent_risk.agent_id,
+    jsonb_build_object('reason', set_agent_risk.reason, 'exempt', exempt, 'factor', factor));
+end
+$$;
+comment on function kakunin.set_agent_risk(uuid, text, boolean, double precision) is
+  'Exempts an agent from what its score would do, or has it judged more (above 1) or less severely. For kakunin_operator';
+
+create function kakunin_private.settle(p_agent_id uuid) returns boolean
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_stop kakunin_private.risk_stops;
+begin
+  select * into v_stop from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
+  if not found then
+    return false;
+  end if;
+  perform kakunin.suspend_agent(p_agent_id, v_stop.reason);
+  perform kakunin_private.revoke(
+    array(select c.serial from kakunin_private.certificates c where c.agent_id = p_agent_id and c.not_after >= kakunin_private.clock()),
+    'privilegeWithdrawn');
+  delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
+  return true;
+end
+$$;
+comment on function kakunin_private.settle(uuid) is 'Suspends an agent that its score has stopped and revokes its certificates; false where there is no stop';
+
+create function kakunin.settle_risk() returns integer
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_settled integer := 0;
+  v_agent   record;
+begin
+  perform kakunin_private.check_snapshot_is_fresh('settling risk');
+  -- What the transactions of an agent added side by side.
+  for v_agent in
+    select m.agent_id, r.score
+      from (select c.agent_id
+              from kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
+             where c.hard > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+             group by c.agent_id having count(*) > 1) m,
+           lateral kakunin_private.risk_of(m.agent_id) r
+     where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
+  loop
+    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
+    values (v_agent.agent_id, kakunin_private.clock(), format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)))
+    on conflict (agent_id) do nothing;
+    perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+  end loop;
+  for v_agent in select r.agent_id from kakunin_private.risk_stops r order by r.agent_id loop
+    if kakunin_private.settle(v_agent.agent_id) then
+      v_settled := v_settled + 1;
+    end if;
+  end loop;
+  delete from kakunin_private.risk_hours h
+   where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < kakunin_private.clock() - interval '60 days' order by o.hour limit 1000 for update skip locked));
+  return v_settled;
+end
+$$;
+comment on function kakunin.settle_risk() is
+  'Revokes the certificates of agents that their score has stopped, for revocation lists, and suspends them; returns how many. The worker calls it. For kakunin_worker, kakunin_operator';
+
+create function kakunin.review_risk(review_id bigint, decision text) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_agent_id uuid;
+begin
+  update kakunin_private.risk_reviews r
+     set decided_at = kakunin_private.clock(), decided_by = session_user, decision = kakunin_private.check_text('a decision', review_risk.decision, 1000)
+   where r.review_id = review_risk.review_id and r.decided_at is null
+  returning r.agent_id into v_agent_id;
+  if not found then
+    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given'));
+  end if;
+  perform kakunin_private.record('risk.reviewed', v_agent_id, jsonb_build_object('review_id', review_risk.review_id, 'decision', review_risk.decision));
+end
+$$;
+comment on function kakunin.review_risk(bigint, text) is
+  'Closes a revocation check with what was decided; suspending, revoking or reinstating is done by their own functions. For kakunin_operator';
+
+create function kakunin.import_events(agent_id uuid, events jsonb) returns bigint
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now   constant timestamptz := kakunin_private.clock();
+  v_base  constant jsonb := (select s.base from kakunin_private.risk_settings s);
+  v_count bigint;
+  v_wrong bigint;
+begin
+  if not exists (select from kakunin_private.agents a where a.agent_id = import_events.agent_id) then
+    raise exception using errcode = 'KA010', message = format('no agent %s', coalesce(import_events.agent_id::text, 'given'));
+  end if;
+  if coalesce(jsonb_typeof(events) <> 'array', true) or jsonb_array_length(events) not between 1 and 10000 then
+    raise exception using errcode = 'KA010', message = 'events are a JSON array of 1 to 10000',
+      hint = 'Each {"occurred_at": "<RFC 3339>", "event_type": "...", "metadata": {...}}.';
+  end if;
+  select min(e.at) into v_wrong
+    from jsonb_array_elements(events) with ordinality as e(event, at)
+   where not coalesce(jsonb_typeof(e.event -> 'event_type') = 'string' and e.event ->> 'event_type' ~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$'
+     and jsonb_typeof(e.event -> 'occurred_at') = 'string'
+     and e.event ->> 'occurred_at' ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})$', false);
+  if v_wrong is not null then
+    raise exception using errcode = 'KA010', message = format('event %s has no event_type, or no occurred_at as in RFC 3339', v_wrong);
+  end if;
+  begin
+    select min(e.at) into v_wrong
+      from jsonb_array_elements(events) with ordinality as e(event, at)
+     where (e.event ->> 'occurred_at')::timestamptz > v_now + interval '30 seconds';
+  exception
+    when data_exception then
+      raise exception using errcode = 'KA010', message = format('an occurred_at is not a moment: %s', sqlerrm);
+  end;
+  if v_wrong is not null then
+    raise exception using errcode = 'KA010', message = format('event %s lies in the future', v_wrong);
+  end if;
+  with parsed as (
+    select (e.event ->> 'occurred_at')::timestamptz as occurred_at,
+           case when v_base ? (e.event ->> 'event_type') then e.event ->> 'event_type' else 'other' end as event_type,
+           (kakunin_private.magnitude(e.event -> 'metadata', '{amount_usd,amountUsd}')).value as amount
+      from jsonb_array_elements(events) e(event)
+  )
+  insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, amounts, amount_usd, log_sum, log_square)
+  select import_events.agent_id, date_bin('1 hour', p.occurred_at, 'epoch'), 0, p.event_type, count(*),
+         count(*) filter (where p.amount > 0), coalesce(sum(p.amount), 0),
+         coalesce(sum(ln(greatest(p.amount, 0.01))) filter (where p.amount > 0), 0),
+         coalesce(sum(ln(greatest(p.amount, 0.01)) ^ 2) filter (where p.amount > 0), 0)
+    from parsed p group by 2, 4
+  on conflict on constraint risk_hours_pkey do update
+     set events = h.events + excluded.events, amounts = h.amounts + excluded.amounts, amount_usd = h.amount_usd + excluded.amount_usd,
+         log_sum = h.log_sum + excluded.log_sum, log_square = h.log_square + excluded.log_square;
+  insert into kakunin_private.risk_known (agent_id, kind, digest, chain_id)
+  select distinct import_events.agent_id, k.kind, substr(sha256(convert_to(k.value, 'UTF8')), 1, 16), 0
+    from jsonb_array_elements(events) e(event),
+         lateral (values ('venue', (kakunin_private.label(e.event -> 'metadata', '{venue}')).value),
+                         ('tool', (kakunin_private.label(e.event -> 'metadata', '{tool,action}')).value),
+                         ('table', (kakunin_private.label(e.event -> 'metadata', '{table}')).value)) k(kind, value)
+   where k.value is not null
+   limit 1000
+  on conflict do nothing;
+  select count(*) into v_count from jsonb_array_elements(events);
+  perform kakunin_private.record('events.imported', import_events.agent_id, jsonb_build_object(
+    'events', v_count, 'sha256', encode(sha256(convert_to(events::text, 'UTF8')), 'hex')));
+  return v_count;
+end
+$$;
+comment on function kakunin.import_events(uuid, jsonb) is
+  'Brings in an agent''s history from elsewhere as its baseline, marked as imported: [{"occurred_at", "event_type", "metadata"}]. The ledger records the digest, not the events; they add nothing to the score. For kakunin_operator';
+
+-- For reading ----------------------------------------------------------------------------------------
+
+create view kakunin_private.risk_buckets as
+  select h.agent_id, h.hour, h.event_type, h.chain_id = 0 as imported, h.events, h.late, h.excess, h.amount_usd
+    from kakunin_private.risk_hours h
+  union all
+  select c.agent_id, c.hour, e.key, false, (e.value ->> 0)::bigint, 0, (e.value ->> 1)::double precision, (e.value ->> 3)::numeric
+    from kakunin_private.chains c, jsonb_each(c.counts) e;
+comment on view kakunin_private.risk_buckets is 'What each agent did by hour, the present one included';
+
+create view kakunin.risk_by_hour with (security_barrier = true) as
+  select b.agent_id, b.hour, b.event_type, sum(b.events)::bigint as events, sum(b.late)::bigint as late,
+         sum(b.events) filter (where b.imported)::bigint as imported, sum(b.amount_usd) as amount_usd, sum(b.excess) as excess,
+         sum(sum(b.events)) over (partition by b.agent_id, b.event_type order by b.hour
+           range between '30 days' preceding and current row)::bigint as events_30_days
+    from kakunin_private.risk_buckets b
+   where (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
+      or b.agent_id = (select kakunin.current_agent_id())
+   group by b.agent_id, b.hour, b.event_type;
+comment on view kakunin.risk_by_hour is
+  'Events and excess by hour and type, with the rolling 30 days: the bound agent''s own, or all for operators and auditors. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
+
+create view kakunin.risk_by_day with (security_barrier = true) as
+  select d.agent_id, d.day, d.events, d.late, d.amount_usd, d.excess,
+         sum(d.events) over days_30 as events_30_days, sum(d.excess) over days_30 as excess_30_days,
+         avg(d.events) over days_7 as events_a_day_7_days, avg(d.events) over days_30 as events_a_day_30_days,
+         d.excess - lag(d.excess) over (partition by d.agent_id order by d.day) as trend
+    from (select h.agent_id, date_bin('1 day', h.hour, 'epoch') as day, sum(h.events)::bigint as events, sum(h.late)::bigint as late,
+                 sum(h.amount_usd) as amount_usd, sum(h.excess) as excess
+            from kakunin.risk_by_hour h group by 1, 2) d
+  window days_30 as (partition by d.agent_id order by d.day range between '29 days' preceding and current row),
+         days_7 as (partition by d.agent_id order by d.day range between '6 days' preceding and current row);
+comment on view kakunin.risk_by_day is
+  'The same by day, with means of 7 and 30 days and the change from the day before. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
+
+create view kakunin.risk_contributions with (security_barrier = true) as
+  select h.agent_id, h.event_type, sum(h.events)::bigint as events, sum(h.excess) as excess,
+         sum(h.excess) / nullif(sum(sum(h.excess)) over (partition by h.agent_id), 0) as contribution
+    from kakunin.risk_by_hour h
+   where h.hour >= now() - interval '30 days'
+   group by h.agent_id, h.event_type;
+comment on view kakunin.risk_contributions is
+  'What each event type contributed in the last 30 days. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
+
+create view kakunin.risk_reviews with (security_barrier = true) as
+  select r.review_id, r.agent_id, r.raised_at, r.score, r.factors, r.decided_at, r.decided_by, r.decision from kakunin_private.risk_reviews r;
+comment on view kakunin.risk_reviews is 'Revocation checks; one without a decision waits for it. For kakunin_operator, kakunin_auditor';
 
 -- Tree: the ledger sealed, signed and provable.
 --
@@ -4399,9 +5568,24 @@ grant execute on function kakunin.crls_due(), kakunin.revocations(text) to
 grant execute on function kakunin.publish_crl(bytea), kakunin.sign_halt(uuid, text, bytea) to
   kakunin_registrar, kakunin_operator, kakunin_worker;
 
-grant execute on function kakunin.audit_log_append(text, jsonb, text) to kakunin_agent, kakunin_gateway;
+grant execute on function kakunin.audit_log_append(text, jsonb, text, timestamptz) to kakunin_agent, kakunin_gateway;
 grant select on kakunin.audit_log to kakunin_agent, kakunin_gateway, kakunin_auditor;
-grant execute on function kakunin.current_agent_id() to kakunin_auditor;  -- the view calls it, and a view's functions are its reader's to call
+grant execute on function kakunin.current_agent_id() to kakunin_auditor, kakunin_operator;  -- the view calls it, and a view's functions are its reader's to call
+
+-- Risk: the three tools of an agent, what policies ask, and what follows.
+grant execute on function
+  kakunin.check_risk_score(), kakunin.verify_agent_scope(text, numeric, text, text, numeric),
+  kakunin.require_spend(numeric, text, text, numeric, boolean), kakunin.require_risk_below(text, boolean)
+  to kakunin_agent, kakunin_gateway;
+grant execute on function kakunin.agent_risk(uuid) to kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.set_risk(jsonb), kakunin.set_agent_risk(uuid, text, boolean, double precision), kakunin.review_risk(bigint, text),
+  kakunin.import_events(uuid, jsonb)
+  to kakunin_operator;
+grant execute on function kakunin.settle_risk() to kakunin_worker, kakunin_operator;
+grant select on kakunin.risk_by_hour, kakunin.risk_by_day, kakunin.risk_contributions to
+  kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;
+grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;
 
 -- The worker seals and signs. It reads no entry.
 grant execute on function
