@@ -35,6 +35,7 @@ create table kakunin_private.chains (
   alerted       boolean not null default false,
   hour          timestamptz,
   hour_soft     double precision not null default 0,
+  hour_events   bigint not null default 0,
   counts        jsonb not null default '{}',
   expected      double precision,
   amount_n      double precision not null default 0,
@@ -51,7 +52,7 @@ create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
 comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
-comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour';
+comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour, of hour_events events';
 comment on column kakunin_private.chains.drift is 'Excess that drift stands for, as worked out at the beginning of the hour';
 comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
 comment on column kakunin_private.chains.counts is
@@ -274,7 +275,7 @@ begin
   update kakunin_private.chains c
      set sequence = p_chain.sequence + 1, head = v_hash, risk_epoch = p_chain.risk_epoch, risk_at = p_chain.risk_at,
          hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
-         hour_soft = p_chain.hour_soft, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
+         hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
          amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
          rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, known = p_chain.known,
          spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
@@ -338,7 +339,9 @@ comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and ob
 create function kakunin.audit_log_append(
   event_type text, metadata jsonb default '{}', session_id text default null, occurred_at timestamptz default null
 ) returns jsonb
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer
+-- Planning one of its statements anew takes longer than running all of them.
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now      constant timestamptz := kakunin_private.clock();

@@ -3219,6 +3219,7 @@ create table kakunin_private.chains (
   alerted       boolean not null default false,
   hour          timestamptz,
   hour_soft     double precision not null default 0,
+  hour_events   bigint not null default 0,
   counts        jsonb not null default '{}',
   expected      double precision,
   amount_n      double precision not null default 0,
@@ -3235,7 +3236,7 @@ create index chains_agent_id on kakunin_private.chains (agent_id, chain_id);
 comment on table kakunin_private.chains is 'The chains of the ledger and where each one stands';
 comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
-comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour';
+comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour, of hour_events events';
 comment on column kakunin_private.chains.drift is 'Excess that drift stands for, as worked out at the beginning of the hour';
 comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
 comment on column kakunin_private.chains.counts is
@@ -3458,7 +3459,7 @@ begin
   update kakunin_private.chains c
      set sequence = p_chain.sequence + 1, head = v_hash, risk_epoch = p_chain.risk_epoch, risk_at = p_chain.risk_at,
          hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
-         hour_soft = p_chain.hour_soft, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
+         hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
          amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
          rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, known = p_chain.known,
          spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
@@ -3522,7 +3523,9 @@ comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and ob
 create function kakunin.audit_log_append(
   event_type text, metadata jsonb default '{}', session_id text default null, occurred_at timestamptz default null
 ) returns jsonb
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+language plpgsql volatile parallel unsafe security definer
+-- Planning one of its statements anew takes longer than running all of them.
+set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_now      constant timestamptz := kakunin_private.clock();
@@ -3693,12 +3696,12 @@ comment on column kakunin_private.risk_hours.log_sum is 'Sum of the natural loga
 
 create table kakunin_private.risk_known (
   agent_id uuid not null,
-  kind     text collate "C" not null,
   digest   bytea not null,
   chain_id bigint not null,
-  primary key (agent_id, kind, digest, chain_id)
+  primary key (agent_id, digest, chain_id)
 );
-comment on table kakunin_private.risk_known is 'Venues, tools and tables each agent has used, as the first 16 bytes of SHA-256; 256 a chain';
+comment on table kakunin_private.risk_known is 'Venues, tools and tables each agent has used, 256 a chain';
+comment on column kakunin_private.risk_known.digest is 'The first 16 bytes of SHA-256 of the kind, a colon and the value';
 
 create table kakunin_private.risk_reviews (
   review_id  bigint generated always as identity primary key,
@@ -3743,50 +3746,16 @@ return 1 - exp(-p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))))
 comment on function kakunin_private.agent_score(double precision, double precision, double precision, double precision, double precision) is
   'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
 
--- A number a caller wrote, whatever it wrote: NULL where it is none, or none that an amount could be.
-create function kakunin_private.magnitude(p_metadata jsonb, p_names text[], out value numeric, out malformed boolean)
-language plpgsql immutable parallel safe
-as $$
-declare
-  v_name text;
-  v_text text collate "C";
-begin
-  malformed := false;
-  foreach v_name in array p_names loop
-    if p_metadata ? v_name and jsonb_typeof(p_metadata -> v_name) <> 'null' then
-      v_text := left(p_metadata ->> v_name, 64);
-      if jsonb_typeof(p_metadata -> v_name) in ('number', 'string') and v_text ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
-        value := greatest(value, v_text::numeric);
-      else
-        malformed := true;
-      end if;
-    end if;
-  end loop;
-end
-$$;
-comment on function kakunin_private.magnitude(jsonb, text[]) is
-  'The largest of these members as a number, and whether one of them is not zero or more, below 10^18';
+-- What a caller wrote, whatever it wrote: NULL where it is no number, or none that an amount could be.
+create function kakunin_private.number_in(p_object jsonb, p_name text) returns numeric
+language sql immutable parallel safe
+return case when p_object ->> p_name ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then (p_object ->> p_name)::numeric end;
+comment on function kakunin_private.number_in(jsonb, text) is 'This member as a number from zero to below 10^18, or NULL';
 
-create function kakunin_private.label(p_metadata jsonb, p_names text[], out value text, out malformed boolean)
-language plpgsql immutable parallel safe
-as $$
-declare
-  v_name text;
-begin
-  malformed := false;
-  foreach v_name in array p_names loop
-    if p_metadata ? v_name and jsonb_typeof(p_metadata -> v_name) <> 'null' then
-      if jsonb_typeof(p_metadata -> v_name) = 'string' and length(p_metadata ->> v_name) between 1 and 200 then
-        value := coalesce(value, p_metadata ->> v_name);
-      else
-        malformed := true;
-      end if;
-    end if;
-  end loop;
-end
-$$;
-comment on function kakunin_private.label(jsonb, text[]) is
-  'The first of these members that is a text, and whether one of them is not 1 to 200 characters';
+create function kakunin_private.known_digest(p_kind text, p_value text) returns bytea
+language sql immutable parallel safe
+return substr(sha256(convert_to(p_kind || ':' || p_value, 'UTF8')), 1, 16);
+comment on function kakunin_private.known_digest(text, text) is 'How risk_known has a value';
 
 -- How far a value is beyond what this agent does: 0 up to three standard deviations above the mean of its logarithm, towards 1 beyond.
 create function kakunin_private.beyond(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
@@ -3805,16 +3774,16 @@ language sql immutable parallel safe
 begin atomic
   select l.violation, l.ratio, l.reason
     from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', p_amount, p_scope ->> 'max_single_trade_usd')
-            from kakunin_private.magnitude(p_scope, '{max_single_trade_usd}') m
-           where p_amount > coalesce(m.value, case when m.malformed then 0 end)
+            from (select kakunin_private.number_in(p_scope, 'max_single_trade_usd')) m(value)
+           where p_scope ? 'max_single_trade_usd' and p_amount > coalesce(m.value, 0)
           union all
           select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', p_spent + p_amount, p_scope ->> 'max_daily_usd')
-            from kakunin_private.magnitude(p_scope, '{max_daily_usd}') m
-           where p_amount > 0 and p_spent + p_amount > coalesce(m.value, case when m.malformed then 0 end)
+            from (select kakunin_private.number_in(p_scope, 'max_daily_usd')) m(value)
+           where p_scope ? 'max_daily_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
           union all
           select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', p_leverage, p_scope ->> 'max_leverage')
-            from kakunin_private.magnitude(p_scope, '{max_leverage}') m
-           where p_leverage > coalesce(m.value, case when m.malformed then 0 end)
+            from (select kakunin_private.number_in(p_scope, 'max_leverage')) m(value)
+           where p_scope ? 'max_leverage' and p_leverage > coalesce(m.value, 0)
           union all
           select 'venue', 1, format('venue %s is not in permitted_venues', quote_literal(left(p_venue, 100)))
            where p_scope ? 'permitted_venues' and p_venue is not null
@@ -3882,14 +3851,16 @@ comment on function kakunin_private.risk_drift(uuid, timestamptz) is
 -- An event ------------------------------------------------------------------------------------------
 
 -- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
-create function kakunin_private.roll(inout p_chain kakunin_private.chains, p_hour timestamptz, p_settings kakunin_private.risk_settings)
+create function kakunin_private.roll(p_chain kakunin_private.chains, p_hour timestamptz) returns kakunin_private.chains
 language plpgsql volatile parallel unsafe
 as $$
 declare
   c_from   constant timestamptz := p_hour - interval '30 days';
+  v_set    kakunin_private.risk_settings;
   v_other  record;
   v_rate   record;
 begin
+  select * into v_set from kakunin_private.risk_settings s;
   insert into kakunin_private.risk_hours as h
     (agent_id, hour, chain_id, event_type, events, excess, amounts, amount_usd, log_sum, log_square)
   select p_chain.agent_id, p_chain.hour, p_chain.chain_id, e.key, (e.value ->> 0)::bigint, (e.value ->> 1)::double precision,
@@ -3901,13 +3872,14 @@ begin
   p_chain.hour := p_hour;
   p_chain.counts := '{}';
   p_chain.hour_soft := 0;
+  p_chain.hour_events := 0;
   -- Another chain of this agent has worked it out for this hour.
   select c.expected, c.drift into v_other from kakunin_private.chains c
    where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.hour = p_hour limit 1;
   if found then
     p_chain.expected := v_other.expected;
     p_chain.drift := v_other.drift;
-    return;
+    return p_chain;
   end if;
   -- Of the same hour of the day and the ones beside it, the most there was; and what a growing agent does anyhow.
   select min(h.hour) as since, sum(h.events) / greatest(extract(epoch from p_hour - min(h.hour)) / 3600, 1) as overall,
@@ -3918,8 +3890,8 @@ begin
             from kakunin_private.risk_hours g
            where g.agent_id = p_chain.agent_id and g.hour >= c_from and g.hour < p_hour
            group by g.hour having sum(g.events) > 0) h;
-  p_chain.expected := case when v_rate.since <= p_hour - make_interval(days => p_settings.history_days)
-    then greatest(p_settings.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end;
+  p_chain.expected := case when v_rate.since <= p_hour - make_interval(days => v_set.history_days)
+    then greatest(v_set.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end;
   -- A chain that is new knows no amounts, but its agent has had some.
   if p_chain.amount_n < 30 and v_rate.amounts > 0 then
     p_chain.amount_n := v_rate.amounts;
@@ -3928,12 +3900,13 @@ begin
   end if;
   p_chain.drift := 0;
   if v_rate.since <= p_hour - interval '14 days' then
-    p_chain.drift := kakunin_private.excess(0.5 + 0.5 * p_settings.drift_weight
+    p_chain.drift := kakunin_private.excess(0.5 + 0.5 * v_set.drift_weight
       * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0));
   end if;
+  return p_chain;
 end
 $$;
-comment on function kakunin_private.roll(kakunin_private.chains, timestamptz, kakunin_private.risk_settings) is
+comment on function kakunin_private.roll(kakunin_private.chains, timestamptz) is
   'Begins another hour of a chain: stores the last one, and works out what is usual in this one';
 
 create function kakunin_private.assess(
@@ -3946,31 +3919,30 @@ declare
   v_hour       constant timestamptz := date_bin('1 hour', p_recorded_at, 'epoch');
   v_today      constant timestamptz := date_bin('1 day', p_recorded_at, 'epoch');
   v_set        kakunin_private.risk_settings;
-  v_others     record;
   v_type       text collate "C" := p_event_type;
-  v_amount     record;
-  v_rows       record;
-  v_leverage   record;
-  v_venue      record;
-  v_instrument record;
-  v_tool       record;
-  v_table      record;
+  v_row        record;
+  v_given      record;
+  v_venue      text;
+  v_instrument text;
+  v_digests    bytea[];
+  v_amount     numeric;
+  v_rows       numeric;
+  v_leverage   numeric;
   v_log        double precision;
   v_hard       double precision;
   v_score      double precision;
   v_part       double precision;
-  v_soft       double precision;
+  v_fade       double precision;
   v_total      double precision;
-  v_found      record;
-  v_kinds      text[];
-  v_digests    bytea[];
+  v_other_hard double precision := 0::double precision;
+  v_other_soft double precision := 0::double precision;
+  v_events     bigint := 0::bigint;
+  v_spent      numeric := 0.0;
+  v_malformed  boolean := false;
   v_factors    jsonb := '{}'::jsonb;
-  v_risk       jsonb;
   v_counts     jsonb;
-  v_band       text;
-  v_agent_band text;
+  v_risk       jsonb;
 begin
-  select * into v_set from kakunin_private.risk_settings s;
   if p_chain.risk_epoch <> p_bound.risk_epoch then  -- an operator let it begin anew
     p_chain.risk_epoch := p_bound.risk_epoch;
     p_chain.hard := 0;
@@ -3978,147 +3950,183 @@ begin
     p_chain.hour_soft := 0;
     p_chain.alerted := false;
   end if;
-  if p_chain.hour is null then
-    p_chain.hour := v_hour;
-    p_chain.hour := v_hour - interval '1 hour';
-  end if;
-  if p_chain.hour < v_hour then
-    p_chain := kakunin_private.roll(p_chain, v_hour, v_set);
-  end if;
-  select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as hard,
-         coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as soft,
-         coalesce(sum((select sum((e.value ->> 0)::bigint) from jsonb_each(c.counts) e)) filter (where c.hour = v_hour), 0) as events,
-         coalesce(sum(c.spent_usd) filter (where c.spent_on = v_today), 0) as spent
-    into v_others
-    from kakunin_private.chains c
-   where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.risk_epoch = p_bound.risk_epoch;
-
-  -- What it says. Nothing of it is believed but that it was said.
-  v_amount := kakunin_private.magnitude(p_metadata, '{amount_usd,amountUsd}');
-  v_rows := kakunin_private.magnitude(p_metadata, '{rows,row_count}');
-  v_leverage := kakunin_private.magnitude(p_metadata, '{leverage}');
-  v_venue := kakunin_private.label(p_metadata, '{venue}');
-  v_instrument := kakunin_private.label(p_metadata, '{instrument,symbol}');
-  v_tool := kakunin_private.label(p_metadata, '{tool,action}');
-  v_table := kakunin_private.label(p_metadata, '{table}');
-  if not v_set.base ? v_type then
-    v_type := 'other';
+  if coalesce(p_chain.hour < v_hour, true) then
+    p_chain := kakunin_private.roll(p_chain, v_hour);
   end if;
   if p_chain.spent_on is distinct from v_today then
     p_chain.spent_on := v_today;
     p_chain.spent_usd := 0;
   end if;
+  -- The settings, and the agent's other chains; mostly there is none, and then none of this is worked out.
+  for v_row in
+    select s as settings, c.risk_at, c.hard, c.soft, c.hour, c.hour_events, c.spent_on, c.spent_usd
+      from kakunin_private.risk_settings s
+      left join kakunin_private.chains c
+        on c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.risk_epoch = p_chain.risk_epoch
+  loop
+    v_set := v_row.settings;
+    if v_row.hour is not null then
+      v_fade := kakunin_private.faded(v_row.risk_at, p_recorded_at, v_set.half_life);
+      v_other_hard := v_other_hard + v_row.hard * v_fade;
+      v_other_soft := v_other_soft + v_row.soft * v_fade;
+      v_events := v_events + case when v_row.hour = v_hour then v_row.hour_events else 0 end;
+      v_spent := v_spent + case when v_row.spent_on = v_today then v_row.spent_usd else 0 end;
+    end if;
+  end loop;
+  if not v_set.base ? v_type then
+    v_type := 'other';
+  end if;
+
+  -- What it says. Nothing of it is believed but that it was said.
+  if jsonb_typeof(p_metadata) is distinct from 'object' then
+    v_malformed := true;
+  elsif p_metadata <> '{}' then
+    select coalesce(m.amount_usd, m."amountUsd") as amount, coalesce(m.rows, m.row_count) as row_count, m.leverage, m.venue,
+           coalesce(m.instrument, m.symbol) as instrument, coalesce(m.tool, m.action) as tool, m."table" as relation
+      into v_given
+      from jsonb_to_record(p_metadata) as m(
+        amount_usd text, "amountUsd" text, rows text, row_count text, leverage text, venue text, instrument text, symbol text,
+        tool text, action text, "table" text);
+    if v_given.amount is not null then
+      if v_given.amount ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
+        v_amount := v_given.amount::numeric;
+      else
+        v_malformed := true;
+      end if;
+    end if;
+    if v_given.row_count is not null then
+      if v_given.row_count ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
+        v_rows := v_given.row_count::numeric;
+      else
+        v_malformed := true;
+      end if;
+    end if;
+    if v_given.leverage is not null then
+      if v_given.leverage ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
+        v_leverage := v_given.leverage::numeric;
+      else
+        v_malformed := true;
+      end if;
+    end if;
+    v_venue := v_given.venue;
+    v_instrument := v_given.instrument;
+    if v_venue is not null then
+      v_digests := v_digests || kakunin_private.known_digest('venue', v_venue);
+    end if;
+    if v_given.tool is not null then
+      v_digests := v_digests || kakunin_private.known_digest('tool', v_given.tool);
+    end if;
+    if v_given.relation is not null then
+      v_digests := v_digests || kakunin_private.known_digest('table', v_given.relation);
+    end if;
+    if greatest(length(v_venue), length(v_instrument), length(v_given.tool), length(v_given.relation)) > 200 then
+      v_malformed := true;
+    end if;
+    if v_digests is not null and (
+      select count(distinct n.digest) from kakunin_private.risk_known n
+       where n.agent_id = p_chain.agent_id and n.digest = any (v_digests)) = cardinality(v_digests) then
+      v_digests := null;
+    end if;
+  end if;
 
   -- Certain.
   v_hard := (v_set.base ->> v_type)::double precision;
-  if p_bound.financial_scope is not null then
-    for v_found in
+  if p_bound.financial_scope is not null and num_nonnulls(v_amount, v_leverage, v_venue, v_instrument) > 0 then
+    for v_row in
       select v.violation, v.ratio from kakunin_private.violations(
-        p_bound.financial_scope, v_amount.value, case when v_type = 'transaction_initiated' then v_others.spent + p_chain.spent_usd else 0 end,
-        v_venue.value, v_instrument.value, v_leverage.value) v
+        p_bound.financial_scope, v_amount, case when v_type = 'transaction_initiated' then v_spent + p_chain.spent_usd else 0 end,
+        v_venue, v_instrument, v_leverage) v
     loop
-      v_part := case when coalesce(v_found.ratio >= v_set.gross_ratio, true) then v_set.gross else v_set.violation end;
-      v_factors := v_factors || jsonb_build_object(v_found.violation, round(v_part::numeric, 3));
+      v_part := case when coalesce(v_row.ratio >= v_set.gross_ratio, true) then v_set.gross else v_set.violation end;
+      v_factors := v_factors || jsonb_build_object(v_row.violation, round(v_part::numeric, 3));
       v_hard := greatest(v_hard, v_part);
     end loop;
-  end if;
-  if v_type = 'transaction_initiated' and v_amount.value > 0 then
-    p_chain.spent_usd := p_chain.spent_usd + v_amount.value;
   end if;
 
   -- Unusual.
   v_score := v_hard;
-  if v_amount.malformed or v_rows.malformed or v_leverage.malformed or v_venue.malformed or v_instrument.malformed
-    or v_tool.malformed or v_table.malformed or jsonb_typeof(p_metadata) is distinct from 'object' then
+  if v_malformed then
     v_factors := v_factors || jsonb_build_object('malformed_metadata', round(v_set.malformed_weight::numeric, 3));
     v_score := 1 - (1 - v_score) * (1 - v_set.malformed_weight);
   end if;
-  v_counts := p_chain.counts -> v_type;
-  if p_chain.expected is not null then
-    v_part := v_set.rate_weight * (1 - least(p_chain.expected / (1 + v_others.events
-      + coalesce((select sum((e.value ->> 0)::bigint) from jsonb_each(p_chain.counts) e), 0)), 1));
+  if v_digests is not null then
+    if p_chain.known < 256 then
+      insert into kakunin_private.risk_known (agent_id, digest, chain_id)
+      select distinct p_chain.agent_id, d, p_chain.chain_id from unnest(v_digests) d on conflict do nothing;
+      p_chain.known := p_chain.known + cardinality(v_digests);
+    end if;
+    if p_chain.expected is not null then
+      v_factors := v_factors || jsonb_build_object('novelty', round(v_set.novelty_weight::numeric, 3));
+      v_score := 1 - (1 - v_score) * (1 - v_set.novelty_weight);
+    end if;
+  end if;
+  if 1 + v_events + p_chain.hour_events > p_chain.expected then
+    v_part := v_set.rate_weight * (1 - p_chain.expected / (1 + v_events + p_chain.hour_events));
     if v_part >= 0.01 then
       v_factors := v_factors || jsonb_build_object('rate', round(v_part::numeric, 3));
       v_score := 1 - (1 - v_score) * (1 - v_part);
     end if;
   end if;
-  if v_amount.value > 0 then
-    v_log := ln(greatest(v_amount.value, 0.01))::double precision;
-    v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
-    if p_chain.expected is not null and v_part >= 0.01 then
-      v_factors := v_factors || jsonb_build_object('amount_deviation', round(v_part::numeric, 3));
-      v_score := 1 - (1 - v_score) * (1 - v_part);
+  if v_amount > 0 then
+    v_log := ln(greatest(v_amount, 0.01))::double precision;
+    if p_chain.expected is not null then
+      v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
+      if v_part >= 0.01 then
+        v_factors := v_factors || jsonb_build_object('amount_deviation', round(v_part::numeric, 3));
+        v_score := 1 - (1 - v_score) * (1 - v_part);
+      end if;
+    end if;
+    if v_type = 'transaction_initiated' then
+      p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
     -- Welford's, with what is older than some thousand events fading.
     p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
     p_chain.amount_square := p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
-      + (v_log - p_chain.amount_mean) * (v_log - p_chain.amount_mean) * (p_chain.amount_n - 1) / p_chain.amount_n;
+      + (v_log - p_chain.amount_mean) ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n;
     p_chain.amount_mean := p_chain.amount_mean + (v_log - p_chain.amount_mean) / p_chain.amount_n;
   end if;
-  if v_rows.value > 0 then
-    v_part := v_set.rows_weight * kakunin_private.beyond(
-      ln(v_rows.value)::double precision, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
-    if p_chain.expected is not null and v_part >= 0.01 then
-      v_factors := v_factors || jsonb_build_object('rows', round(v_part::numeric, 3));
-      v_score := 1 - (1 - v_score) * (1 - v_part);
+  if v_rows > 0 then
+    v_part := ln(v_rows)::double precision;
+    if p_chain.expected is not null and v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square) >= 0.01 then
+      v_factors := v_factors || jsonb_build_object('rows', round((
+        v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square))::numeric, 3));
+      v_score := 1 - (1 - v_score) * (1 - v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square));
     end if;
     p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
     p_chain.rows_square := p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-      + (ln(v_rows.value)::double precision - p_chain.rows_mean) ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n;
-    p_chain.rows_mean := p_chain.rows_mean + (ln(v_rows.value)::double precision - p_chain.rows_mean) / p_chain.rows_n;
-  end if;
-  if num_nonnulls(v_venue.value, v_tool.value, v_table.value) > 0 then
-    select array_agg(k.kind), array_agg(k.digest) into v_kinds, v_digests
-      from (values ('venue', v_venue.value), ('tool', v_tool.value), ('table', v_table.value)) u(kind, value),
-           lateral (select u.kind, substr(sha256(convert_to(u.value, 'UTF8')), 1, 16) as digest) k
-     where u.value is not null
-       and not exists (select from kakunin_private.risk_known n
-                        where n.agent_id = p_chain.agent_id and n.kind = k.kind collate "C" and n.digest = k.digest);
-    if v_kinds is not null then
-      if p_chain.known < 256 then
-        insert into kakunin_private.risk_known (agent_id, kind, digest, chain_id)
-        select p_chain.agent_id, k.kind, k.digest, p_chain.chain_id from unnest(v_kinds, v_digests) k(kind, digest);
-        p_chain.known := p_chain.known + cardinality(v_kinds);
-      end if;
-      if p_chain.expected is not null then
-        v_factors := v_factors || jsonb_build_object('novelty', round(v_set.novelty_weight::numeric, 3), 'novel', to_jsonb(v_kinds));
-        v_score := 1 - (1 - v_score) * (1 - v_set.novelty_weight);
-      end if;
-    end if;
+      + (v_part - p_chain.rows_mean) ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n;
+    p_chain.rows_mean := p_chain.rows_mean + (v_part - p_chain.rows_mean) / p_chain.rows_n;
   end if;
   if v_hard < v_set.critical then
     v_score := greatest(v_hard, least(v_score, v_set.critical - 0.01));
   end if;
 
   -- The agent's.
-  p_chain.hard := p_chain.hard * kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
-  p_chain.soft := p_chain.soft * kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
+  v_fade := kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
   p_chain.risk_at := greatest(p_chain.risk_at, p_recorded_at);
-  p_chain.hard := p_chain.hard + kakunin_private.excess(v_hard);
-  v_soft := kakunin_private.excess(v_score) - kakunin_private.excess(v_hard);
-  p_chain.soft := p_chain.soft + greatest(v_soft - p_chain.hour_soft, 0);
-  p_chain.hour_soft := greatest(p_chain.hour_soft, v_soft);
+  p_chain.hard := p_chain.hard * v_fade + kakunin_private.excess(v_hard);
+  p_chain.soft := p_chain.soft * v_fade
+    + greatest(kakunin_private.excess(v_score) - kakunin_private.excess(v_hard) - p_chain.hour_soft, 0);
+  p_chain.hour_soft := greatest(p_chain.hour_soft, kakunin_private.excess(v_score) - kakunin_private.excess(v_hard));
   v_total := kakunin_private.agent_score(
-    v_others.hard + p_chain.hard, v_others.soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
+    v_other_hard + p_chain.hard, v_other_soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
 
-  -- Where it is counted.
+  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared.
+  v_counts := coalesce(p_chain.counts -> v_type, '[0,0,0,0,0,0]');
   if p_occurred_at < v_hour then
     insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, late)
     values (p_chain.agent_id, date_bin('1 hour', p_occurred_at, 'epoch'), p_chain.chain_id, v_type, 0, 1)
     on conflict (agent_id, hour, chain_id, event_type) do update set late = h.late + 1;
   end if;
+  p_chain.hour_events := p_chain.hour_events + 1;
   p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
-    coalesce((v_counts ->> 0)::bigint, 0) + case when p_occurred_at < v_hour then 0 else 1 end,
-    coalesce((v_counts ->> 1)::double precision, 0) + kakunin_private.excess(v_score),
-    coalesce((v_counts ->> 2)::bigint, 0) + case when v_amount.value > 0 then 1 else 0 end,
-    coalesce((v_counts ->> 3)::numeric, 0) + coalesce(v_amount.value, 0),
-    coalesce((v_counts ->> 4)::double precision, 0) + coalesce(v_log, 0),
-    coalesce((v_counts ->> 5)::double precision, 0) + coalesce(v_log * v_log, 0)));
+    (v_counts -> 0)::bigint + case when p_occurred_at < v_hour then 0 else 1 end,
+    (v_counts -> 1)::double precision + kakunin_private.excess(v_score),
+    (v_counts -> 2)::bigint + case when v_log is null then 0 else 1 end, (v_counts -> 3)::numeric + coalesce(v_amount, 0),
+    (v_counts -> 4)::double precision + coalesce(v_log, 0), (v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0)));
 
-  v_band := kakunin_private.risk_band(v_score, v_set);
-  v_agent_band := kakunin_private.risk_band(v_total, v_set);
-  v_risk := jsonb_build_object('score', round(v_score::numeric, 4), 'band', v_band, 'factors', v_factors,
-    'agent_score', round(v_total::numeric, 4), 'agent_band', v_agent_band);
+  v_risk := jsonb_build_object('score', round(v_score::numeric, 4), 'band', kakunin_private.risk_band(v_score, v_set), 'factors', v_factors,
+    'agent_score', round(v_total::numeric, 4), 'agent_band', kakunin_private.risk_band(v_total, v_set));
   if not p_bound.risk_exempt then
     if v_total >= v_set.high or v_hard >= v_set.critical then
       v_risk := v_risk || kakunin_private.react(p_chain, p_bound.serial, v_risk,
@@ -4579,7 +4587,7 @@ begin
   with parsed as (
     select (e.event ->> 'occurred_at')::timestamptz as occurred_at,
            case when v_base ? (e.event ->> 'event_type') then e.event ->> 'event_type' else 'other' end as event_type,
-           (kakunin_private.magnitude(e.event -> 'metadata', '{amount_usd,amountUsd}')).value as amount
+           greatest(kakunin_private.number_in(e.event -> 'metadata', 'amount_usd'), kakunin_private.number_in(e.event -> 'metadata', 'amountUsd')) as amount
       from jsonb_array_elements(events) e(event)
   )
   insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, amounts, amount_usd, log_sum, log_square)
@@ -4591,12 +4599,12 @@ begin
   on conflict on constraint risk_hours_pkey do update
      set events = h.events + excluded.events, amounts = h.amounts + excluded.amounts, amount_usd = h.amount_usd + excluded.amount_usd,
          log_sum = h.log_sum + excluded.log_sum, log_square = h.log_square + excluded.log_square;
-  insert into kakunin_private.risk_known (agent_id, kind, digest, chain_id)
-  select distinct import_events.agent_id, k.kind, substr(sha256(convert_to(k.value, 'UTF8')), 1, 16), 0
+  insert into kakunin_private.risk_known (agent_id, digest, chain_id)
+  select distinct import_events.agent_id, kakunin_private.known_digest(k.kind, k.value), 0
     from jsonb_array_elements(events) e(event),
-         lateral (values ('venue', (kakunin_private.label(e.event -> 'metadata', '{venue}')).value),
-                         ('tool', (kakunin_private.label(e.event -> 'metadata', '{tool,action}')).value),
-                         ('table', (kakunin_private.label(e.event -> 'metadata', '{table}')).value)) k(kind, value)
+         lateral (values ('venue', e.event -> 'metadata' ->> 'venue'),
+                         ('tool', coalesce(e.event -> 'metadata' ->> 'tool', e.event -> 'metadata' ->> 'action')),
+                         ('table', e.event -> 'metadata' ->> 'table')) k(kind, value)
    where k.value is not null
    limit 1000
   on conflict do nothing;
