@@ -1,4 +1,4 @@
-"""The main job in one run: a server, the kit, two agents, and row-level security against arbitrary SQL.
+"""The main job in one run: a server, the kit, three agents, row-level security, risk and the ledger.
 
 Starts a Postgres of its own in a temporary folder and takes it away again. Every claim it prints is
 checked as it is printed; one that does not hold ends the run with an error.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
 import unittest.mock
 import uuid
 import warnings
@@ -33,6 +36,9 @@ from .ca import CertificateAuthority
 from .client import Kakunin, write_receipt
 from .credential import AgentCredential
 from .errors import named
+from .ledger import verify_bundle
+from .ledger.export import bundle_lines
+from .ledger.worker import Settings, Worker
 from .migrate import migrate
 from .model_hash import compute_model_hash
 from .signers import KeyStore, KMSKeys, LocalKeys, LocalSigner
@@ -46,6 +52,17 @@ create table agent_vault (
 create index on agent_vault (permitted_agent_serial);
 grant select, insert, update, delete on agent_vault to kakunin_agent;
 """
+
+# What an agent does in step 10, and its financial scope.
+_SCOPE = {"max_single_trade_usd": 10_000, "permitted_venues": ["XLON"]}
+_EVENTS: list[tuple[str, dict[str, Any]]] = [
+    ("api_call", {"tool": "quotes"}),
+    ("data_access", {"table": "positions", "rows": 12}),
+    ("transaction_initiated", {"amount_usd": 9_000, "venue": "XLON"}),
+    ("transaction_initiated", {"amount_usd": 14_000, "venue": "XLON"}),
+    ("unauthorized_access_attempt", {"table": "salaries"}),
+    ("unauthorized_access_attempt", {"table": "api_keys"}),
+]
 
 
 def secrets_of(name: str) -> list[str]:
@@ -109,6 +126,8 @@ class Demo:
             self.foreign_ticket(agents["borealis"])
             self.revocation(agents["atlas"], agents["borealis"])
             self.halt(kakunin, agents["borealis"])
+            self.risk(agents["cassini"])
+            self.ledger(kakunin)
 
     def install(self) -> None:
         self.heading("1  Install, as a login that is not superuser")
@@ -124,20 +143,24 @@ class Demo:
         self.good(f"kakunin-db is in Postgres {version}; dba has CREATEROLE, not superuser")
 
     def certify(self, kakunin: Kakunin) -> dict[str, AgentCredential]:
-        """An authority, and two agents: each with a key of its own, a certificate, and a login."""
+        """An authority, and three agents: each with a key of its own, a certificate, and a login."""
         store = "AWS KMS (moto's)" if isinstance(self.keys, KMSKeys) else "encrypted files"
-        self.heading(f"2  A certificate authority and two agents, their keys in {store}")
+        self.heading(f"2  A certificate authority and three agents, their keys in {store}")
         root, issuing = sorted(
             kakunin.authorities.create("Demo Root CA", intermediate="Demo Issuing CA"),
             key=lambda authority: authority.key_id != authority.issuer_key_id,
         )
         self.good(f"{root.name} and, below it, {issuing.name} are pinned in the database")
         agents = {}
-        for name in ("atlas", "borealis"):
+        for name in ("atlas", "borealis", "cassini"):
             agent = kakunin.agents.create(
                 name, model="gpt-4o", model_hash=compute_model_hash({"model": "gpt-4o", "agent": name})
             )
-            certificate = kakunin.agents.certify(agent.agent_id, permitted_actions=["vault:read"])
+            certificate = kakunin.agents.certify(
+                agent.agent_id,
+                permitted_actions=["vault:read"],
+                financial_scope=_SCOPE if name == "cassini" else None,
+            )
             with self.connect("dba") as dba:
                 dba.execute(
                     sql.SQL("create role {} login in role kakunin_agent").format(sql.Identifier(name))
@@ -174,8 +197,8 @@ class Demo:
 
     def broad_select(self, agents: dict[str, AgentCredential]) -> None:
         self.heading("5  A broad select * returns each agent's own rows")
-        for name, credential in agents.items():
-            with self.connect(name) as connection, bind_agent_session(connection, credential):
+        for name in ("atlas", "borealis"):
+            with self.connect(name) as connection, bind_agent_session(connection, agents[name]):
                 self.rows(connection, name, secrets_of(name))
         with self.connect("atlas") as connection:
             self.say("Without a binding the same login sees nothing:")
@@ -252,6 +275,92 @@ class Demo:
         self.good(
             f"{done.stdout.strip()}: the halt is on record, signed, and needs no database to be checked"
         )
+
+    def risk(self, cassini: AgentCredential) -> None:
+        self.heading("10  An agent drifts: read-only at high, revoked at critical, in the same commit")
+        with self.connect("dba") as dba:
+            self.show_sql(
+                "dba", "create policy ... as restrictive using (kakunin.require_risk_below('high'))"
+            )
+            dba.execute(
+                "create policy agent_vault_risk on agent_vault as restrictive for update to public"
+                " using ((select kakunin.require_risk_below('high')))"
+            )
+        write = "update agent_vault set secret = 'x'"
+        bands = []
+        with self.connect("cassini") as other:
+            other.autocommit = True
+            with bind_agent_session(other, cassini):
+                self.rows(other, "cassini", secrets_of("cassini"))
+                for event_type, metadata in _EVENTS:
+                    with self.connect("cassini") as connection, bind_agent_session(connection, cassini):
+                        told = self.value(
+                            connection,
+                            "select kakunin.audit_log_append(%s, %s)",
+                            event_type,
+                            json.dumps(metadata),
+                        )
+                    bands.append(told["agent_band"])
+                    self.curve(event_type, told)
+                    if told["agent_band"] == "high":
+                        self.show_sql("cassini", write)
+                        self.refused(other, "KA011", write)
+                self.say("Its other session, still open:")
+                self.rows(other, "cassini", [])
+                self.show_sql("cassini", "select kakunin.require_session()  -- why?")
+                self.refused(other, "KA002", "select kakunin.require_session()")
+        if bands != ["low", "low", "low", "medium", "high", "critical"]:
+            raise AssertionError(f"the bands were {bands}")
+        self.good("nobody had to be awake")
+
+    def curve(self, event_type: str, told: dict[str, Any]) -> None:
+        colour = {"low": "green", "medium": "yellow", "high": "dark_orange", "critical": "red"}
+        score, band = float(told["agent_score"]), told["agent_band"]
+        bar = "\u2588" * round(score * 30)
+        self.console.print(
+            Text.assemble(
+                f"  {event_type:<28} {told['score']:>4.2f}  ",
+                (f"{bar:<30}", colour[band]),
+                f" {score:.2f} {band}",
+            )
+        )
+
+    def ledger(self, kakunin: Kakunin) -> None:
+        self.heading("11  All of it is in a signed ledger, verified without the database")
+        kakunin.ledger.create_key()
+        worker = Worker(f"{self.dsn} user=dba", self.keys, settings=Settings(interval=0.1))
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        try:
+            deadline = time.monotonic() + 30
+            while kakunin.ledger.status().lag_entries and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            worker.stop()
+            thread.join()
+        with self.connect("dba") as dba:
+            dba.execute("grant kakunin_auditor to dba")
+            lines = list(bundle_lines(dba))
+        authorities = kakunin.authorities.list()
+        roots = [x509.load_der_x509_certificate(a.der) for a in authorities if a.key_id == a.issuer_key_id]
+        (self.folder / "ledger.jsonl").write_bytes(b"".join(lines))
+        self.console.print(
+            Text("$ kakunin-db audit verify --bundle ledger.jsonl --root root.pem", style="white")
+        )
+        report = verify_bundle(lines, roots)
+        if not report.ok or report.last_head is None:
+            raise AssertionError(f"the ledger does not verify: {report.findings}")
+        self.good(
+            f"{report.entries} entries below a signed tree head, root {report.last_head.root.hex()[:16]}..."
+        )
+        self.say("The same file, with the reason of the revocation touched up:")
+        at, line = next((n, line) for n, line in enumerate(lines) if b'"event_type":"agent.revoked"' in line)
+        lines[at] = line.replace(b'"agent_band": "critical"', b'"agent_band": "low"')
+        finding = verify_bundle(lines, roots).findings[0]
+        if finding.kind != "altered":
+            raise AssertionError(f"the change was found as {finding}")
+        self.console.print(Text.assemble(("  FOUND ", "bold red"), f"{finding.kind}: {finding.message}"))
+        self.good("evidence does not depend on whoever keeps it")
 
     def show_python(self, statement: str) -> None:
         self.console.print(Text.assemble((">>> ", "bold magenta"), (statement, "white")))

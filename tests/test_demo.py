@@ -49,7 +49,10 @@ def test_the_demo_runs_twice_and_leaves_nothing(folder: Path) -> None:
             "KA004",
             "KA002",
             "KA002",
+            "KA011",
+            "KA002",
         ]
         assert "Verified OK" in output
+        assert "FOUND altered" in output
         assert servers_below(folder) == []
         assert [p.name for p in folder.iterdir() if p.name.startswith("kakunin-")] == []

@@ -130,8 +130,9 @@ _COUNTERS = {
     "kakunin_worker_sealed_entries": "Entries taken into the tree",
     "kakunin_worker_rounds": "Times it looked for entries",
     "kakunin_worker_witnessed": "Tree heads kept by a witness",
+    "kakunin_worker_revoked_agents": "Agents revoked because their risk became critical",
 }
-_ERRORS = ("database", "signer", "integrity", "witness")
+_ERRORS = ("database", "signer", "integrity", "witness", "risk")
 
 
 class Worker:
@@ -302,6 +303,7 @@ class Worker:
         self.metrics.counters["kakunin_worker_rounds"] += 1
         if time.monotonic() >= self._partitions_at:
             self._make_partitions(connection)
+        self._settle(connection)
         try:
             while self._seal(connection) == self._settings.batch and not self._stopping:
                 self._lead(connection)
@@ -454,6 +456,20 @@ class Worker:
             self._recovered("witness")
             self.metrics.counters["kakunin_worker_witnessed"] += 1
             self._witnessed[at] = (now + self._settings.witness_every, self._last)
+
+    def _settle(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        """Revokes the certificates of agents that their own score has stopped; before sealing, to be in it."""
+        try:
+            count = self._value(connection, "select kakunin.settle_risk()")
+        except psycopg.Error as error:
+            if connection.broken:
+                raise
+            self._failed("risk", error)
+            return
+        self._recovered("risk")
+        if count:
+            self.metrics.counters["kakunin_worker_revoked_agents"] += count
+            _say(logging.WARNING, "revoked", "revoked agents whose risk became critical", agents=count)
 
     def _make_partitions(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         self._partitions_at = time.monotonic() + _PARTITIONS_EVERY
