@@ -229,11 +229,18 @@ def grow(cluster: Cluster, sizes: list[int]) -> None:
         for goal in sizes:
             while size < goal:
                 count = min(20_000, goal - size)
-                admin.execute(
-                    "select count(kakunin_private.append('data_access', %s, %s, 's-1', %s, %s))"
-                    " from generate_series(1, %s)",
-                    [uuid.UUID(int=2), ":".join(["3A"] * 16), METADATA, uuid.UUID(int=2), count],
-                )
+                for _ in range(0, count, 1000):
+                    admin.execute(
+                        "select count(kakunin_private.append('data_access', %s, %s, 's-1', %s, %s))"
+                        " from generate_series(1, %s)",
+                        [
+                            uuid.UUID(int=2),
+                            ":".join(["3A"] * 16),
+                            METADATA,
+                            uuid.UUID(int=2),
+                            min(count, 1000),
+                        ],
+                    )
                 admin.execute("select kakunin.seal_ledger()")
                 size += count
             admin.execute("analyze kakunin_private.ledger")

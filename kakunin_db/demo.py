@@ -345,7 +345,7 @@ class Demo:
         roots = [x509.load_der_x509_certificate(a.der) for a in authorities if a.key_id == a.issuer_key_id]
         (self.folder / "ledger.jsonl").write_bytes(b"".join(lines))
         self.console.print(
-            Text("$ kakunin-db audit verify --bundle ledger.jsonl --root root.pem", style="white")
+            Text("$ kakunin-db audit verify ledger.jsonl --ca root.pem", style="white")
         )
         report = verify_bundle(lines, roots)
         if not report.ok or report.last_head is None:
