@@ -129,12 +129,13 @@ return power(0.5, least(greatest(extract(epoch from p_now - p_at)::double precis
   / extract(epoch from p_half_life)::double precision, 1000));
 comment on function kakunin_private.faded(timestamptz, timestamptz, interval) is 'What is left of one after so long';
 
--- The one definition of an agent's score, from what its chains sum up to.
+-- The one definition of an agent's score, from what its chains sum up to. Postgres raises what is too small for a number, so
+-- exponents, and factors below, are kept from it: an agent whose score could not be worked out would fail settle_risk() for all.
 create function kakunin_private.agent_score(
   p_hard double precision, p_soft double precision, p_drift double precision, p_factor double precision, p_limit double precision
 ) returns double precision
 language sql immutable parallel safe
-return 1 - exp(-p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))));
+return 1 - exp(-least(p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))), 700));
 comment on function kakunin_private.agent_score(double precision, double precision, double precision, double precision, double precision) is
   'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
 
@@ -324,6 +325,7 @@ declare
   v_hard       double precision;
   v_score      double precision;
   v_part       double precision;
+  v_off        double precision;
   v_fade       double precision;
   v_total      double precision;
   v_other_hard double precision := 0::double precision;
@@ -472,10 +474,11 @@ begin
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
     -- Welford's, with what is older than some thousand events fading.
+    v_off := case when abs(v_log - p_chain.amount_mean) > 1e-9 then v_log - p_chain.amount_mean else 0 end;
     p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
-    p_chain.amount_square := p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
-      + (v_log - p_chain.amount_mean) ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n;
-    p_chain.amount_mean := p_chain.amount_mean + (v_log - p_chain.amount_mean) / p_chain.amount_n;
+    p_chain.amount_square := greatest(p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
+      + v_off ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n, 1e-9);
+    p_chain.amount_mean := p_chain.amount_mean + v_off / p_chain.amount_n;
   end if;
   if v_rows > 0 then
     v_part := ln(v_rows)::double precision;
@@ -484,10 +487,11 @@ begin
         v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square))::numeric, 3));
       v_score := 1 - (1 - v_score) * (1 - v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square));
     end if;
+    v_off := case when abs(v_part - p_chain.rows_mean) > 1e-9 then v_part - p_chain.rows_mean else 0 end;
     p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
-    p_chain.rows_square := p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-      + (v_part - p_chain.rows_mean) ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n;
-    p_chain.rows_mean := p_chain.rows_mean + (v_part - p_chain.rows_mean) / p_chain.rows_n;
+    p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
+      + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
+    p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
   end if;
   if v_hard < v_set.critical then
     v_score := greatest(v_hard, least(v_score, v_set.critical - 0.01));
@@ -496,8 +500,8 @@ begin
   -- The agent's.
   v_fade := kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
   p_chain.risk_at := greatest(p_chain.risk_at, p_recorded_at);
-  p_chain.hard := p_chain.hard * v_fade + kakunin_private.excess(v_hard);
-  p_chain.soft := p_chain.soft * v_fade
+  p_chain.hard := case when p_chain.hard > 1e-6 then p_chain.hard * v_fade else 0 end + kakunin_private.excess(v_hard);
+  p_chain.soft := case when p_chain.soft > 1e-6 then p_chain.soft * v_fade else 0 end
     + greatest(kakunin_private.excess(v_score) - kakunin_private.excess(v_hard) - p_chain.hour_soft, 0);
   p_chain.hour_soft := greatest(p_chain.hour_soft, kakunin_private.excess(v_score) - kakunin_private.excess(v_hard));
   v_total := kakunin_private.agent_score(
