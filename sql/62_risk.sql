@@ -870,25 +870,30 @@ $$;
 comment on function kakunin.set_agent_risk(uuid, text, boolean, double precision) is
   'Exempts an agent from what its score would do, or has it judged more (above 1) or less severely. For kakunin_operator';
 
-create function kakunin_private.settle(p_agent_id uuid) returns boolean
+create function kakunin_private.settle(p_agent_id uuid, p_reason text default null) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_stop kakunin_private.risk_stops;
+  v_reason text := p_reason;
 begin
-  select * into v_stop from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
-  if not found then
-    return false;
+  if v_reason is null then
+    select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
+    if not found then
+      return false;
+    end if;
+    delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
+    -- Here, where its row was seen: a stop that commits while the agent is reinstated keeps its name.
+    execute format('drop domain if exists kakunin_private.%I', 'risk ' || p_agent_id);
   end if;
-  perform kakunin.suspend_agent(p_agent_id, v_stop.reason);
+  perform kakunin.suspend_agent(p_agent_id, v_reason);
   perform kakunin_private.revoke(
     array(select c.serial from kakunin_private.certificates c where c.agent_id = p_agent_id and c.not_after >= kakunin_private.clock()),
     'privilegeWithdrawn');
-  delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
   return true;
 end
 $$;
-comment on function kakunin_private.settle(uuid) is 'Suspends an agent that its score has stopped and revokes its certificates; false where there is no stop';
+comment on function kakunin_private.settle(uuid, text) is
+  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither';
 
 create function kakunin.settle_risk() returns integer
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -898,23 +903,26 @@ declare
   v_agent   record;
 begin
   perform kakunin_private.check_snapshot_is_fresh('settling risk');
-  -- What the transactions of an agent added side by side.
+  -- Those that are stopped, and what the transactions of an agent added side by side. Nothing is put into risk_stops: an
+  -- agent's open transaction may have its row there, and whoever adds another one waits for it.
   for v_agent in
+    select r.agent_id, null::double precision as score from kakunin_private.risk_stops r
+    union all
     select m.agent_id, r.score
       from (select c.agent_id
               from kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
-             where c.hard > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+             where c.hard + c.soft > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+               and not exists (select from kakunin_private.risk_stops t where t.agent_id = c.agent_id)
              group by c.agent_id having count(*) > 1) m,
            lateral kakunin_private.risk_of(m.agent_id) r
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
+     order by agent_id
   loop
-    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
-    values (v_agent.agent_id, kakunin_private.clock(), format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)))
-    on conflict (agent_id) do nothing;
-    perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
-  end loop;
-  for v_agent in select r.agent_id from kakunin_private.risk_stops r order by r.agent_id loop
-    if kakunin_private.settle(v_agent.agent_id) then
+    if v_agent.score is not null then
+      perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+    end if;
+    if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
+      then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
     end if;
   end loop;
