@@ -29,8 +29,8 @@
 -- stay open for as long as the agent likes, and the operator who halts it meanwhile must not wait. settle_risk() turns the stop into
 -- a suspension and revocations like an operator's, for revocation lists and for whoever asks later.
 --
--- Whether it counts is decided with the agent's clock out of it: an event is scored at the moment it is recorded. One said to
--- have occurred earlier goes to the hour it is of, and there it is counted apart: a baseline is not moved by hindsight.
+-- Whether it counts is decided with the agent's clock out of it: an event is scored, and counted, at the moment it is recorded. One
+-- said to have occurred earlier is also counted in the hour it is of, but apart: a baseline is not moved by hindsight, nor avoided.
 
 create table kakunin_private.risk_settings (
   only_row        boolean primary key default true check (only_row),
@@ -82,7 +82,7 @@ create table kakunin_private.risk_hours (
 create index risk_hours_hour on kakunin_private.risk_hours (hour);
 comment on table kakunin_private.risk_hours is
   'What each agent did, by hour; the present hour is in its chains. Kept for 60 days';
-comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it; "events" has the others';
+comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it, and are among the "events" of the hour they were recorded in';
 comment on column kakunin_private.risk_hours.excess is 'The sum of -ln(1 - e), for the contribution of a type to the score';
 comment on column kakunin_private.risk_hours.log_sum is 'Sum of the natural logarithms of amounts, and log_square of their squares';
 
@@ -516,7 +516,7 @@ begin
   end if;
   p_chain.hour_events := p_chain.hour_events + 1;
   p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
-    (v_counts -> 0)::bigint + case when p_occurred_at < v_hour then 0 else 1 end,
+    (v_counts -> 0)::bigint + 1,
     (v_counts -> 1)::double precision + kakunin_private.excess(v_score),
     (v_counts -> 2)::bigint + case when v_log is null then 0 else 1 end, (v_counts -> 3)::numeric + coalesce(v_amount, 0),
     (v_counts -> 4)::double precision + coalesce(v_log, 0), (v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0)));
