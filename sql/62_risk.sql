@@ -245,7 +245,7 @@ comment on function kakunin_private.risk_drift(uuid, timestamptz) is
 
 -- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
 create function kakunin_private.roll(p_chain kakunin_private.chains, p_hour timestamptz) returns kakunin_private.chains
-language plpgsql volatile parallel unsafe
+language plpgsql volatile parallel unsafe set timezone = 'UTC'  -- how long 30 days are is not up to the session
 as $$
 declare
   c_from   constant timestamptz := p_hour - interval '30 days';
@@ -507,7 +507,8 @@ begin
   v_total := kakunin_private.agent_score(
     v_other_hard + p_chain.hard, v_other_soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
 
-  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared.
+  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared. As numeric, because
+  -- the digits that a double precision has in JSON are up to the session (extra_float_digits).
   v_counts := coalesce(p_chain.counts -> v_type, '[0,0,0,0,0,0]');
   if p_occurred_at < v_hour then
     insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, late)
@@ -517,9 +518,9 @@ begin
   p_chain.hour_events := p_chain.hour_events + 1;
   p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
     (v_counts -> 0)::bigint + 1,
-    (v_counts -> 1)::double precision + kakunin_private.excess(v_score),
+    ((v_counts -> 1)::double precision + kakunin_private.excess(v_score))::numeric,
     (v_counts -> 2)::bigint + case when v_log is null then 0 else 1 end, (v_counts -> 3)::numeric + coalesce(v_amount, 0),
-    (v_counts -> 4)::double precision + coalesce(v_log, 0), (v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0)));
+    ((v_counts -> 4)::double precision + coalesce(v_log, 0))::numeric, ((v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0))::numeric));
 
   v_risk := jsonb_build_object('score', round(v_score::numeric, 4), 'band', kakunin_private.risk_band(v_score, v_set), 'factors', v_factors,
     'agent_score', round(v_total::numeric, 4), 'agent_band', kakunin_private.risk_band(v_total, v_set));
