@@ -166,15 +166,15 @@ create function kakunin_private.violations(
 language sql immutable parallel safe
 begin atomic
   select l.violation, l.ratio, l.reason
-    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', p_amount, p_scope ->> 'max_single_trade_usd')
+    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', left(p_amount::text, 40), left(p_scope ->> 'max_single_trade_usd', 40))
             from (select kakunin_private.number_in(p_scope, 'max_single_trade_usd')) m(value)
            where p_scope ? 'max_single_trade_usd' and p_amount > coalesce(m.value, 0)
           union all
-          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', p_spent + p_amount, p_scope ->> 'max_daily_usd')
+          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', left((p_spent + p_amount)::text, 40), left(p_scope ->> 'max_daily_usd', 40))
             from (select kakunin_private.number_in(p_scope, 'max_daily_usd')) m(value)
            where p_scope ? 'max_daily_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
           union all
-          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', p_leverage, p_scope ->> 'max_leverage')
+          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', left(p_leverage::text, 40), left(p_scope ->> 'max_leverage', 40))
             from (select kakunin_private.number_in(p_scope, 'max_leverage')) m(value)
            where p_scope ? 'max_leverage' and p_leverage > coalesce(m.value, 0)
           union all
@@ -725,19 +725,23 @@ create table kakunin_private.spending (
 );
 comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC)';
 
-create function kakunin_private.refused(p_observe boolean, p_agent_id uuid, p_code text, p_message text, p_hint text) returns boolean
+create function kakunin_private.refused(
+  p_observe boolean, p_agent_id uuid, p_serial text, p_code text, p_message text, p_hint text
+) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 begin
   if p_observe or (select s.mode = 'observe' from kakunin_private.risk_settings s) then
     raise warning using message = 'observed, and would be refused: ' || p_message;
-    perform kakunin_private.record('policy.observed', p_agent_id, jsonb_build_object('code', p_code, 'reason', p_message));
+    -- In a chain of the agent's: as a decision, each of its transactions above READ COMMITTED would begin another chain of those.
+    perform kakunin_private.append(
+      'policy.observed', p_agent_id, p_serial, null, jsonb_build_object('code', p_code, 'reason', p_message)::text, p_agent_id);
     return true;
   end if;
   raise exception using errcode = p_code, message = p_message, hint = p_hint;
 end
 $$;
-comment on function kakunin_private.refused(boolean, uuid, text, text, text) is
+comment on function kakunin_private.refused(boolean, uuid, text, text, text, text) is
   'Raises, or in observe mode records that it would have, and says true';
 
 create function kakunin.require_spend(
@@ -755,8 +759,8 @@ begin
   select c.agent_id, coalesce(c.financial_scope, '{}') as scope into v_bound from kakunin_private.certificates c where c.serial = v_serial;
   if require_spend.amount_usd is null or not require_spend.amount_usd between 0 and 1e18
     or not coalesce(require_spend.leverage between 0 and 1e18, true) then
-    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
-      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(require_spend.amount_usd::text, 'NULL')),
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
+      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(left(require_spend.amount_usd::text, 40), 'NULL')),
       'Give the amount in USD.');
   end if;
   if v_bound.scope ? 'max_daily_usd' then
@@ -769,7 +773,7 @@ begin
   select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
     v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
   if v_reason is not null then
-    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
       format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
   end if;
   return true;
@@ -794,7 +798,7 @@ begin
     from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_serial;
   v_risk := kakunin_private.risk_of(v_agent.agent_id);
   if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band) then
-    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, 'KA011',
+    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
   end if;
