@@ -545,7 +545,8 @@ as $$
 declare
   v_known constant jsonb := p_risk || jsonb_build_object('serial', p_serial);
 begin
-  if not p_chain.alerted then
+  if not p_chain.alerted and not exists (
+    select from kakunin_private.risk_reviews r where r.agent_id = p_chain.agent_id and r.decided_at is null) then
     insert into kakunin_private.risk_reviews (agent_id, raised_at, score, factors)
     values (p_chain.agent_id, kakunin_private.clock(), (p_risk ->> 'agent_score')::double precision, p_risk);
     perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
@@ -565,7 +566,7 @@ begin
 end
 $$;
 comment on function kakunin_private.react(kakunin_private.chains, text, jsonb, boolean) is
-  'What follows from a high score: a revocation check and an alert once, and at a critical one the stop';
+  'What follows from a high score: a revocation check and an alert, unless one waits to be decided, and at a critical one the stop';
 
 -- An agent's score -----------------------------------------------------------------------------------
 
