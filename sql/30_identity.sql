@@ -176,8 +176,9 @@ create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at tim
 language plpgsql stable parallel safe
 as $$
 begin
-  return kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
-    or kakunin_private.is_stopped('risk ' || p_agent_id)
+  -- First the one that settle() replaces by the others: between two looks it may do so.
+  return kakunin_private.is_stopped('risk ' || p_agent_id)
+    or kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
     or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
 end
 $$;

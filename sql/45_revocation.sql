@@ -126,7 +126,7 @@ begin
   update kakunin_private.agents a
      set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1
    where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop domain if exists kakunin_private.%I, kakunin_private.%I', reinstate_agent.agent_id, 'risk ' || reinstate_agent.agent_id);
+  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
   perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end

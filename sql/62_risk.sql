@@ -29,8 +29,8 @@
 -- stay open for as long as the agent likes, and the operator who halts it meanwhile must not wait. settle_risk() turns the stop into
 -- a suspension and revocations like an operator's, for revocation lists and for whoever asks later.
 --
--- Whether it counts is decided with the agent's clock out of it: an event is scored at the moment it is recorded. One said to
--- have occurred earlier goes to the hour it is of, and there it is counted apart: a baseline is not moved by hindsight.
+-- Whether it counts is decided with the agent's clock out of it: an event is scored, and counted, at the moment it is recorded. One
+-- said to have occurred earlier is also counted in the hour it is of, but apart: a baseline is not moved by hindsight, nor avoided.
 
 create table kakunin_private.risk_settings (
   only_row        boolean primary key default true check (only_row),
@@ -82,7 +82,7 @@ create table kakunin_private.risk_hours (
 create index risk_hours_hour on kakunin_private.risk_hours (hour);
 comment on table kakunin_private.risk_hours is
   'What each agent did, by hour; the present hour is in its chains. Kept for 60 days';
-comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it; "events" has the others';
+comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it, and are among the "events" of the hour they were recorded in';
 comment on column kakunin_private.risk_hours.excess is 'The sum of -ln(1 - e), for the contribution of a type to the score';
 comment on column kakunin_private.risk_hours.log_sum is 'Sum of the natural logarithms of amounts, and log_square of their squares';
 
@@ -129,12 +129,13 @@ return power(0.5, least(greatest(extract(epoch from p_now - p_at)::double precis
   / extract(epoch from p_half_life)::double precision, 1000));
 comment on function kakunin_private.faded(timestamptz, timestamptz, interval) is 'What is left of one after so long';
 
--- The one definition of an agent's score, from what its chains sum up to.
+-- The one definition of an agent's score, from what its chains sum up to. Postgres raises what is too small for a number, so
+-- exponents, and factors below, are kept from it: an agent whose score could not be worked out would fail settle_risk() for all.
 create function kakunin_private.agent_score(
   p_hard double precision, p_soft double precision, p_drift double precision, p_factor double precision, p_limit double precision
 ) returns double precision
 language sql immutable parallel safe
-return 1 - exp(-p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))));
+return 1 - exp(-least(p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))), 700));
 comment on function kakunin_private.agent_score(double precision, double precision, double precision, double precision, double precision) is
   'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
 
@@ -165,15 +166,15 @@ create function kakunin_private.violations(
 language sql immutable parallel safe
 begin atomic
   select l.violation, l.ratio, l.reason
-    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', p_amount, p_scope ->> 'max_single_trade_usd')
+    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', left(p_amount::text, 40), left(p_scope ->> 'max_single_trade_usd', 40))
             from (select kakunin_private.number_in(p_scope, 'max_single_trade_usd')) m(value)
            where p_scope ? 'max_single_trade_usd' and p_amount > coalesce(m.value, 0)
           union all
-          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', p_spent + p_amount, p_scope ->> 'max_daily_usd')
+          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', left((p_spent + p_amount)::text, 40), left(p_scope ->> 'max_daily_usd', 40))
             from (select kakunin_private.number_in(p_scope, 'max_daily_usd')) m(value)
            where p_scope ? 'max_daily_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
           union all
-          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', p_leverage, p_scope ->> 'max_leverage')
+          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', left(p_leverage::text, 40), left(p_scope ->> 'max_leverage', 40))
             from (select kakunin_private.number_in(p_scope, 'max_leverage')) m(value)
            where p_scope ? 'max_leverage' and p_leverage > coalesce(m.value, 0)
           union all
@@ -244,7 +245,7 @@ comment on function kakunin_private.risk_drift(uuid, timestamptz) is
 
 -- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
 create function kakunin_private.roll(p_chain kakunin_private.chains, p_hour timestamptz) returns kakunin_private.chains
-language plpgsql volatile parallel unsafe
+language plpgsql volatile parallel unsafe set timezone = 'UTC'  -- how long 30 days are is not up to the session
 as $$
 declare
   c_from   constant timestamptz := p_hour - interval '30 days';
@@ -324,6 +325,7 @@ declare
   v_hard       double precision;
   v_score      double precision;
   v_part       double precision;
+  v_off        double precision;
   v_fade       double precision;
   v_total      double precision;
   v_other_hard double precision := 0::double precision;
@@ -472,10 +474,11 @@ begin
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
     -- Welford's, with what is older than some thousand events fading.
+    v_off := case when abs(v_log - p_chain.amount_mean) > 1e-9 then v_log - p_chain.amount_mean else 0 end;
     p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
-    p_chain.amount_square := p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
-      + (v_log - p_chain.amount_mean) ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n;
-    p_chain.amount_mean := p_chain.amount_mean + (v_log - p_chain.amount_mean) / p_chain.amount_n;
+    p_chain.amount_square := greatest(p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
+      + v_off ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n, 1e-9);
+    p_chain.amount_mean := p_chain.amount_mean + v_off / p_chain.amount_n;
   end if;
   if v_rows > 0 then
     v_part := ln(v_rows)::double precision;
@@ -484,10 +487,11 @@ begin
         v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square))::numeric, 3));
       v_score := 1 - (1 - v_score) * (1 - v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square));
     end if;
+    v_off := case when abs(v_part - p_chain.rows_mean) > 1e-9 then v_part - p_chain.rows_mean else 0 end;
     p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
-    p_chain.rows_square := p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-      + (v_part - p_chain.rows_mean) ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n;
-    p_chain.rows_mean := p_chain.rows_mean + (v_part - p_chain.rows_mean) / p_chain.rows_n;
+    p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
+      + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
+    p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
   end if;
   if v_hard < v_set.critical then
     v_score := greatest(v_hard, least(v_score, v_set.critical - 0.01));
@@ -496,14 +500,15 @@ begin
   -- The agent's.
   v_fade := kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
   p_chain.risk_at := greatest(p_chain.risk_at, p_recorded_at);
-  p_chain.hard := p_chain.hard * v_fade + kakunin_private.excess(v_hard);
-  p_chain.soft := p_chain.soft * v_fade
+  p_chain.hard := case when p_chain.hard > 1e-6 then p_chain.hard * v_fade else 0 end + kakunin_private.excess(v_hard);
+  p_chain.soft := case when p_chain.soft > 1e-6 then p_chain.soft * v_fade else 0 end
     + greatest(kakunin_private.excess(v_score) - kakunin_private.excess(v_hard) - p_chain.hour_soft, 0);
   p_chain.hour_soft := greatest(p_chain.hour_soft, kakunin_private.excess(v_score) - kakunin_private.excess(v_hard));
   v_total := kakunin_private.agent_score(
     v_other_hard + p_chain.hard, v_other_soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
 
-  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared.
+  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared. As numeric, because
+  -- the digits that a double precision has in JSON are up to the session (extra_float_digits).
   v_counts := coalesce(p_chain.counts -> v_type, '[0,0,0,0,0,0]');
   if p_occurred_at < v_hour then
     insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, late)
@@ -512,10 +517,10 @@ begin
   end if;
   p_chain.hour_events := p_chain.hour_events + 1;
   p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
-    (v_counts -> 0)::bigint + case when p_occurred_at < v_hour then 0 else 1 end,
-    (v_counts -> 1)::double precision + kakunin_private.excess(v_score),
+    (v_counts -> 0)::bigint + 1,
+    ((v_counts -> 1)::double precision + kakunin_private.excess(v_score))::numeric,
     (v_counts -> 2)::bigint + case when v_log is null then 0 else 1 end, (v_counts -> 3)::numeric + coalesce(v_amount, 0),
-    (v_counts -> 4)::double precision + coalesce(v_log, 0), (v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0)));
+    ((v_counts -> 4)::double precision + coalesce(v_log, 0))::numeric, ((v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0))::numeric));
 
   v_risk := jsonb_build_object('score', round(v_score::numeric, 4), 'band', kakunin_private.risk_band(v_score, v_set), 'factors', v_factors,
     'agent_score', round(v_total::numeric, 4), 'agent_band', kakunin_private.risk_band(v_total, v_set));
@@ -540,7 +545,8 @@ as $$
 declare
   v_known constant jsonb := p_risk || jsonb_build_object('serial', p_serial);
 begin
-  if not p_chain.alerted then
+  if not p_chain.alerted and not exists (
+    select from kakunin_private.risk_reviews r where r.agent_id = p_chain.agent_id and r.decided_at is null) then
     insert into kakunin_private.risk_reviews (agent_id, raised_at, score, factors)
     values (p_chain.agent_id, kakunin_private.clock(), (p_risk ->> 'agent_score')::double precision, p_risk);
     perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
@@ -560,7 +566,7 @@ begin
 end
 $$;
 comment on function kakunin_private.react(kakunin_private.chains, text, jsonb, boolean) is
-  'What follows from a high score: a revocation check and an alert once, and at a critical one the stop';
+  'What follows from a high score: a revocation check and an alert, unless one waits to be decided, and at a critical one the stop';
 
 -- An agent's score -----------------------------------------------------------------------------------
 
@@ -720,19 +726,23 @@ create table kakunin_private.spending (
 );
 comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC)';
 
-create function kakunin_private.refused(p_observe boolean, p_agent_id uuid, p_code text, p_message text, p_hint text) returns boolean
+create function kakunin_private.refused(
+  p_observe boolean, p_agent_id uuid, p_serial text, p_code text, p_message text, p_hint text
+) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 begin
   if p_observe or (select s.mode = 'observe' from kakunin_private.risk_settings s) then
     raise warning using message = 'observed, and would be refused: ' || p_message;
-    perform kakunin_private.record('policy.observed', p_agent_id, jsonb_build_object('code', p_code, 'reason', p_message));
+    -- In a chain of the agent's: as a decision, each of its transactions above READ COMMITTED would begin another chain of those.
+    perform kakunin_private.append(
+      'policy.observed', p_agent_id, p_serial, null, jsonb_build_object('code', p_code, 'reason', p_message)::text, p_agent_id);
     return true;
   end if;
   raise exception using errcode = p_code, message = p_message, hint = p_hint;
 end
 $$;
-comment on function kakunin_private.refused(boolean, uuid, text, text, text) is
+comment on function kakunin_private.refused(boolean, uuid, text, text, text, text) is
   'Raises, or in observe mode records that it would have, and says true';
 
 create function kakunin.require_spend(
@@ -750,8 +760,8 @@ begin
   select c.agent_id, coalesce(c.financial_scope, '{}') as scope into v_bound from kakunin_private.certificates c where c.serial = v_serial;
   if require_spend.amount_usd is null or not require_spend.amount_usd between 0 and 1e18
     or not coalesce(require_spend.leverage between 0 and 1e18, true) then
-    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
-      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(require_spend.amount_usd::text, 'NULL')),
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
+      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(left(require_spend.amount_usd::text, 40), 'NULL')),
       'Give the amount in USD.');
   end if;
   if v_bound.scope ? 'max_daily_usd' then
@@ -764,7 +774,7 @@ begin
   select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
     v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
   if v_reason is not null then
-    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
       format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
   end if;
   return true;
@@ -789,7 +799,7 @@ begin
     from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_serial;
   v_risk := kakunin_private.risk_of(v_agent.agent_id);
   if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band) then
-    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, 'KA011',
+    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
   end if;
@@ -866,25 +876,30 @@ $$;
 comment on function kakunin.set_agent_risk(uuid, text, boolean, double precision) is
   'Exempts an agent from what its score would do, or has it judged more (above 1) or less severely. For kakunin_operator';
 
-create function kakunin_private.settle(p_agent_id uuid) returns boolean
+create function kakunin_private.settle(p_agent_id uuid, p_reason text default null) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_stop kakunin_private.risk_stops;
+  v_reason text := p_reason;
 begin
-  select * into v_stop from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
-  if not found then
-    return false;
+  if v_reason is null then
+    select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
+    if not found then
+      return false;
+    end if;
+    delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
+    -- Here, where its row was seen: a stop that commits while the agent is reinstated keeps its name.
+    execute format('drop domain if exists kakunin_private.%I', 'risk ' || p_agent_id);
   end if;
-  perform kakunin.suspend_agent(p_agent_id, v_stop.reason);
+  perform kakunin.suspend_agent(p_agent_id, v_reason);
   perform kakunin_private.revoke(
     array(select c.serial from kakunin_private.certificates c where c.agent_id = p_agent_id and c.not_after >= kakunin_private.clock()),
     'privilegeWithdrawn');
-  delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
   return true;
 end
 $$;
-comment on function kakunin_private.settle(uuid) is 'Suspends an agent that its score has stopped and revokes its certificates; false where there is no stop';
+comment on function kakunin_private.settle(uuid, text) is
+  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither';
 
 create function kakunin.settle_risk() returns integer
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -894,23 +909,26 @@ declare
   v_agent   record;
 begin
   perform kakunin_private.check_snapshot_is_fresh('settling risk');
-  -- What the transactions of an agent added side by side.
+  -- Those that are stopped, and what the transactions of an agent added side by side. Nothing is put into risk_stops: an
+  -- agent's open transaction may have its row there, and whoever adds another one waits for it.
   for v_agent in
+    select r.agent_id, null::double precision as score from kakunin_private.risk_stops r
+    union all
     select m.agent_id, r.score
       from (select c.agent_id
               from kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
-             where c.hard > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+             where c.hard + c.soft > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+               and not exists (select from kakunin_private.risk_stops t where t.agent_id = c.agent_id)
              group by c.agent_id having count(*) > 1) m,
            lateral kakunin_private.risk_of(m.agent_id) r
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
+     order by agent_id
   loop
-    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
-    values (v_agent.agent_id, kakunin_private.clock(), format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)))
-    on conflict (agent_id) do nothing;
-    perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
-  end loop;
-  for v_agent in select r.agent_id from kakunin_private.risk_stops r order by r.agent_id loop
-    if kakunin_private.settle(v_agent.agent_id) then
+    if v_agent.score is not null then
+      perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+    end if;
+    if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
+      then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
     end if;
   end loop;
