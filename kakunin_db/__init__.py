@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .binding import bind_agent_session
+from .binding import bind_agent_session, flush_attempts
 from .ca import AgentCertificate, CertificateAuthority
 from .client import AsyncKakunin, Kakunin
 from .credential import AgentCredential
@@ -15,6 +15,7 @@ from .errors import (
     KakuninError,
     LedgerAppendOnlyError,
     LedgerIntegrityError,
+    PolicyViolationError,
     ScopeViolationError,
     SignerError,
     SignerUnavailableError,
@@ -57,6 +58,7 @@ __all__ = [
     "LocalSigner",
     "PKCS11Keys",
     "PKCS11Signer",
+    "PolicyViolationError",
     "ScopeViolationError",
     "Signer",
     "SignerError",
@@ -65,6 +67,7 @@ __all__ = [
     "UnknownCertificateError",
     "bind_agent_session",
     "compute_model_hash",
+    "flush_attempts",
     "normalize_serial",
     "open_keys",
     "open_signer",
