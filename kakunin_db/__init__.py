@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .binding import bind_agent_session, flush_attempts
 from .ca import AgentCertificate, CertificateAuthority
+from .cache import AsyncCertificateCache, CertificateCache
 from .client import AsyncKakunin, Kakunin
 from .credential import AgentCredential
 from .errors import (
@@ -41,9 +42,11 @@ __all__ = [
     "AgentCertificate",
     "AgentCredential",
     "AgentSuspendedError",
+    "AsyncCertificateCache",
     "AsyncKakunin",
     "BadInputError",
     "CertificateAuthority",
+    "CertificateCache",
     "CertificateRevokedError",
     "CertificateValidityError",
     "CredentialRejectedError",

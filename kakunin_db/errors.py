@@ -134,7 +134,7 @@ def refused(error: BaseException) -> KakuninError | None:
     if cls is None:
         return None
     message, hint = _said(error)
-    both: Any = _both(cls, type(error))
+    both: Any = _both(cls, cast(Any, type(error)))
     ours: Any = both.__new__(both, message)  # not the driver's __init__, which wants what it is made of
     ours.__dict__.update(error.__dict__)
     ours.args, ours.hint = (message,), hint

@@ -151,7 +151,6 @@ def test_the_original_error_stays_catchable_inside_the_block(vault: Vault) -> No
 
 
 def test_every_way_to_run_a_statement_is_watched(vault: Vault) -> None:
-    copying = "copy vault (permitted_agent_serial, content) from stdin"
     with vault.database.connect("app", autocommit=True) as app:
         app.execute("create table private (id int)")  # nobody else's
         # A privilege that is only missed at the commit.
@@ -181,7 +180,8 @@ def test_every_way_to_run_a_statement_is_watched(vault: Vault) -> None:
                     pass
 
             def named() -> None:
-                connection.cursor("named").execute(denied)
+                with connection.cursor("named") as server:
+                    server.execute(denied)
 
             def composed() -> None:
                 connection.execute(sql.SQL("select id from {}").format(sql.Identifier("private")))
@@ -206,10 +206,9 @@ def test_every_way_to_run_a_statement_is_watched(vault: Vault) -> None:
                 assert recorder.counters["noted"] == made, act
                 connection.rollback()
                 time.sleep(0.02)
-            assert "from stdin" in copying
     found = recorded(vault.one)
     assert sum(entry["attempts"] for entry in found) == made
-    assert found[0]["statement"] == digest(denied)
+    assert [entry.get("statement") == digest(denied) for entry in found[:2]] == [True, True]
     with vault.database.connect("app", autocommit=True) as app:
         app.execute("drop table private")
         app.execute("drop function late cascade")
@@ -480,7 +479,8 @@ def test_who_triggers_the_error_chooses_no_more_than_names(vault: Vault) -> None
         with bind_agent_session(connection, vault.one.credential):
             forged = (
                 "do $$ begin raise exception using errcode = %s, message = 'evil-message',"
-                " detail = 'evil-detail', hint = 'evil-hint', column = 'evil-column', constraint = 'evil-constraint',"
+                " detail = 'evil-detail', hint = 'evil-hint', column = 'evil-column',"
+                " constraint = 'evil-constraint',"
                 " datatype = 'evil-type', table = repeat('t\"}', 100000), schema = repeat('é', 1000); end $$"
             )
             for state in ("'42501'", "'KA005'"):

@@ -125,7 +125,6 @@ class Recorder:
         self._draining = 0
         self._recording = False
         self._thread: threading.Thread | None = None
-        # In a child the parent's connection is let go of and not closed; psycopg leaves it to its process.
         self._connection: psycopg.Connection[Any] | None = None
         self._connected_to: tuple[str, str] | None = None
         self._used = 0.0
@@ -375,9 +374,17 @@ def _why(error: Exception) -> str:
 
 
 recorder: Final = Recorder()
+_inherited: list[Any] = []
+
+
+def _in_child() -> None:
+    _inherited.append(recorder._connection)  # kept, so that nothing closes what is the parent's
+    recorder._forget()
+
+
 atexit.register(recorder.flush, AT_EXIT)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=recorder._forget)
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def flush_attempts(timeout: float = 5.0) -> bool:

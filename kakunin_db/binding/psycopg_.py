@@ -277,8 +277,7 @@ class _Hooks(ABC):
         doing = _doing.get()
         if doing is _STEPS:
             return None
-        # In a pipeline it is an earlier statement that failed, and which one is not known here.
-        mine = doing is not None and doing[0] is self and not self.channel.pipelining
+        mine = doing is not None and doing[0] is self
         statement = _text(doing[1], self.connection) if mine else None
         address = f"{self.channel.login}@{self.channel.address}"
         return self.bearer.refused(error, statement, address, lambda: dsn_of(self.connection))
@@ -287,7 +286,8 @@ class _Hooks(ABC):
     def doing(self, query: Any) -> Iterator[None]:
         """Says, for its block, which statement answers are for."""
         before = _doing.get()
-        _doing.set((self, query))
+        # In the caller's pipeline it may be for an earlier one, and which is not known here.
+        _doing.set((self, None if self.channel.pipelining else query))
         try:
             yield
         finally:
