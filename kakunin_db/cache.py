@@ -347,7 +347,7 @@ class CertificateCache:
 
     def _reset(self) -> None:
         """As new; in a forked child too, where no thread listens and the connections are the parent's."""
-        self._answers: _Answers[concurrent.futures.Future[CertificateVerification]] = _Answers(*self._limits)
+        self._answers: _Answers[_Outcome] = _Answers(*self._limits)
         self._connector = Connector(self._target)
         self._starting = threading.Lock()
         self._listener: _Listener | None = None
