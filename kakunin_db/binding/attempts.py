@@ -142,7 +142,8 @@ class Recorder:
         """Notes an attempt of the bearer's agent: ``error`` as :func:`errors.refused` made it.
 
         :param address: the database and login, to tell agents apart.
-        :param dsn: what a connection is made from; asked only for a new agent. None: it is not known.
+        :param dsn: what a connection is made from; not asked while others of the agent wait. None: it is
+            not known.
         """
         try:
             self._note(bearer, error, statement, address, dsn)
@@ -163,12 +164,14 @@ class Recorder:
             facts["statement"] = hashed
         key = (bearer.serial, bearer.attempts_dsn or address)
         agent = self._agents.get(key)
-        if agent is None:
+        if agent is None or not agent.waiting or agent.pause:  # a password may have changed since
             found = bearer.attempts_dsn or dsn()
             if found is None:
                 self._skip()
                 return
-            agent = _Agent(bearer, found)
+            if agent is None:
+                agent = _Agent(bearer, found)
+            agent.dsn = found
         if not self._changed.acquire(timeout=_LOCK_WITHIN):  # in a signal handler, say
             self._lose(1)
             return
