@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .binding import bind_agent_session
+from .binding import bind_agent_session, flush_attempts
 from .ca import AgentCertificate, CertificateAuthority
+from .cache import AsyncCertificateCache, CertificateCache
 from .client import AsyncKakunin, Kakunin
 from .credential import AgentCredential
 from .errors import (
@@ -15,6 +16,7 @@ from .errors import (
     KakuninError,
     LedgerAppendOnlyError,
     LedgerIntegrityError,
+    PolicyViolationError,
     RiskTooHighError,
     ScopeViolationError,
     SignerError,
@@ -41,9 +43,11 @@ __all__ = [
     "AgentCertificate",
     "AgentCredential",
     "AgentSuspendedError",
+    "AsyncCertificateCache",
     "AsyncKakunin",
     "BadInputError",
     "CertificateAuthority",
+    "CertificateCache",
     "CertificateRevokedError",
     "CertificateValidityError",
     "CredentialRejectedError",
@@ -58,6 +62,7 @@ __all__ = [
     "LocalSigner",
     "PKCS11Keys",
     "PKCS11Signer",
+    "PolicyViolationError",
     "RiskTooHighError",
     "ScopeViolationError",
     "Signer",
@@ -67,6 +72,7 @@ __all__ = [
     "UnknownCertificateError",
     "bind_agent_session",
     "compute_model_hash",
+    "flush_attempts",
     "normalize_serial",
     "open_keys",
     "open_signer",

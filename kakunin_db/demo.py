@@ -344,9 +344,7 @@ class Demo:
         authorities = kakunin.authorities.list()
         roots = [x509.load_der_x509_certificate(a.der) for a in authorities if a.key_id == a.issuer_key_id]
         (self.folder / "ledger.jsonl").write_bytes(b"".join(lines))
-        self.console.print(
-            Text("$ kakunin-db audit verify ledger.jsonl --ca root.pem", style="white")
-        )
+        self.console.print(Text("$ kakunin-db audit verify ledger.jsonl --ca root.pem", style="white"))
         report = verify_bundle(lines, roots)
         if not report.ok or report.last_head is None:
             raise AssertionError(f"the ledger does not verify: {report.findings}")

@@ -6,7 +6,8 @@ exception into the class here. The driver's own exception stays as ``__cause__``
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar, cast
 
 
 class KakuninError(Exception):
@@ -85,6 +86,12 @@ class RiskTooHighError(KakuninError):
     sqlstate = "KA011"
 
 
+class PolicyViolationError(KakuninError):
+    """42501: row security or a missing privilege refused a statement of a bound session."""
+
+    sqlstate = "42501"
+
+
 class SignerError(KakuninError):
     """A key cannot sign: denied, disabled, not found, of another kind, or another key signed. No SQLSTATE."""
 
@@ -117,11 +124,64 @@ def named(error: BaseException) -> KakuninError | None:
         return None
     original = getattr(error, "orig", None) or error  # SQLAlchemy keeps the driver's exception there
     cls = _BY_SQLSTATE.get(getattr(original, "sqlstate", None) or "")
+    return None if cls is None else cls(*_said(error))
+
+
+def refused(error: BaseException) -> KakuninError | None:
+    """The kit's error for a statement that failed on a policy (42501) or a scope (KA005); otherwise None.
+
+    It is of the exception's own class as well and has its attributes, so that code which catches the
+    driver's goes on to. ``str()`` is the message alone.
+    """
+    if isinstance(error, KakuninError):
+        return None
+    original = getattr(error, "orig", None) or error
+    state = getattr(original, "sqlstate", None)
+    cls = next((c for c in (PolicyViolationError, ScopeViolationError) if c.sqlstate == state), None)
     if cls is None:
         return None
-    # SQLAlchemy's adapter of asyncpg has an error of its own, made from asyncpg's.
-    source = original.__cause__ if hasattr(original.__cause__, "sqlstate") else original
+    message, hint = _said(error)
+    both: Any = _both(cls, cast(Any, type(error)))
+    ours: Any = both.__new__(both, message)  # not the driver's __init__, which wants what it is made of
+    ours.__dict__.update(error.__dict__)
+    ours.args, ours.hint = (message,), hint
+    return cast(KakuninError, ours)
+
+
+@functools.cache
+def _both(ours: type[KakuninError], theirs: Any) -> type[KakuninError]:
+    def reduce(error: Any) -> Any:  # as ours alone: a class made here is not found by its name
+        return ours, (*error.args, error.hint)
+
+    members = {
+        "__module__": ours.__module__,
+        "__doc__": ours.__doc__,
+        "__str__": Exception.__str__,
+        "__repr__": Exception.__repr__,
+        "__reduce__": reduce,
+    }
+    return type(ours.__name__, (ours, theirs), members)
+
+
+def _source(error: BaseException) -> Any:
+    """The driver's exception: SQLAlchemy has one around it, and its adapter of asyncpg another of its own."""
+    original = getattr(error, "orig", None) or error
+    return original.__cause__ if hasattr(original.__cause__, "sqlstate") else original
+
+
+def _said(error: BaseException) -> tuple[str, str | None]:
+    """The server's message and hint."""
+    source = _source(error)
     diag = getattr(source, "diag", None)
     message = getattr(diag, "message_primary", None) or getattr(source, "message", None) or str(source)
     hint = getattr(diag, "message_hint", None) or getattr(source, "hint", None)
-    return cls(message, hint)
+    return message, hint
+
+
+def about(error: BaseException) -> dict[str, str]:
+    """The names of the ``schema`` and ``table`` a driver's exception gives, cut to the length of a name."""
+    source = _source(error)
+    diag = getattr(source, "diag", source)
+    names = {part: getattr(diag, f"{part}_name", None) for part in ("schema", "table")}
+    # Whoever raises an error in SQL may give any text.
+    return {part: name[:63] for part, name in names.items() if isinstance(name, str) and name}

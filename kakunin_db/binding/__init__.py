@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, overload
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -14,49 +15,88 @@ from sqlalchemy.orm import Session, sessionmaker
 from ..credential import AgentCredential
 from ..errors import BadInputError
 from . import psycopg_, sqlalchemy_
+from .attempts import flush_attempts, recorder
 from .bearer import Bearer
 
 if TYPE_CHECKING:
     from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-__all__ = ["bind_agent_session"]
+__all__ = ["bind_agent_session", "flush_attempts"]
 
 _Who = AgentCredential | str
 
 
 @overload
 def bind_agent_session(
-    client: psycopg.Connection[Any], credential_or_serial: _Who
+    client: psycopg.Connection[Any],
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractContextManager[psycopg.Connection[Any]]: ...
 @overload
 def bind_agent_session(
-    client: psycopg.AsyncConnection[Any], credential_or_serial: _Who
+    client: psycopg.AsyncConnection[Any],
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]: ...
 @overload
 def bind_agent_session(
-    client: ConnectionPool[Any], credential_or_serial: _Who
+    client: ConnectionPool[Any],
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractContextManager[psycopg.Connection[Any]]: ...
 @overload
 def bind_agent_session(
-    client: AsyncConnectionPool[Any], credential_or_serial: _Who
+    client: AsyncConnectionPool[Any],
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]: ...
 @overload
 def bind_agent_session(
-    client: Connection | Engine, credential_or_serial: _Who
+    client: Connection | Engine,
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractContextManager[Connection]: ...
 @overload
 def bind_agent_session(
-    client: AsyncConnection | AsyncEngine, credential_or_serial: _Who
+    client: AsyncConnection | AsyncEngine,
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractAsyncContextManager[AsyncConnection]: ...
 @overload
 def bind_agent_session(
-    client: Session | sessionmaker[Any], credential_or_serial: _Who
+    client: Session | sessionmaker[Any],
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractContextManager[Session]: ...
 @overload
 def bind_agent_session(
-    client: AsyncSession | async_sessionmaker[Any], credential_or_serial: _Who
+    client: AsyncSession | async_sessionmaker[Any],
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = ...,
+    attempts_dsn: str | None = ...,
 ) -> AbstractAsyncContextManager[AsyncSession]: ...
-def bind_agent_session(client: Any, credential_or_serial: _Who) -> Any:
+def bind_agent_session(
+    client: Any,
+    credential_or_serial: _Who,
+    *,
+    record_attempts: bool = True,
+    attempts_dsn: str | None = None,
+) -> Any:
     """Binds every transaction on ``client`` to an agent's certificate, for as long as the block lasts.
 
     A connection or session is given back as it came; a pool, engine or sessionmaker lends one for the
@@ -70,12 +110,29 @@ def bind_agent_session(client: Any, credential_or_serial: _Who) -> Any:
     On a psycopg connection in autocommit mode the binding is the session's until its ticket expires;
     never use that through a pooler in transaction mode.
 
+    A statement that a policy or a missing privilege refuses (42501), or a scope (KA005), is an attempt: it is
+    recorded in the ledger on another connection, as an ``unauthorized_access_attempt`` of the agent, without
+    holding up the caller. Its error is ``PolicyViolationError`` or ``ScopeViolationError``, and of the
+    driver's or SQLAlchemy's own class as well.
+
+    :param record_attempts: False leaves them unrecorded.
+    :param attempts_dsn: where they are recorded; by default with what ``client`` is connected with.
+
     Raises the errors of :mod:`kakunin_db.errors`: when a transaction begins that cannot be bound
     (``UnknownCertificateError``, ``CertificateRevokedError``, ``CertificateValidityError``,
     ``CredentialRejectedError``, ``AgentSuspendedError``), ``BadInputError`` for a client it cannot bind,
     and, in place of the driver's, any of the kit's that leaves the block.
     """
-    bearer = Bearer(credential_or_serial)
+    if attempts_dsn is not None:
+        try:
+            conninfo_to_dict(attempts_dsn)
+        except psycopg.ProgrammingError:  # which quotes what it does not understand
+            raise BadInputError("attempts_dsn is not a connection string of libpq") from None
+    bearer = Bearer(
+        credential_or_serial,
+        recorder=recorder if record_attempts else None,
+        attempts_dsn=attempts_dsn,
+    )
     # Not imported unless the caller has: the pool is an extra.
     pool = sys.modules.get("psycopg_pool")
     binders: list[tuple[Any, Any]] = [

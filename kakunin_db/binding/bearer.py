@@ -10,12 +10,15 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..credential import AgentCredential
-from ..errors import CredentialRejectedError
+from ..errors import CredentialRejectedError, KakuninError, refused
 from ..serials import normalize_serial
 from ..tickets import Ticket
+
+if TYPE_CHECKING:
+    from .attempts import Recorder
 
 INSTALLATION: Final = "select kakunin.installation_id()"
 OPEN: Final = "select kakunin.open_session(%s)"
@@ -80,13 +83,37 @@ Steps = Generator[Step, Any, None]
 class Bearer:
     """Who a session is bound for: an agent's credential, or a serial on a gateway's word."""
 
-    def __init__(self, credential_or_serial: AgentCredential | str) -> None:
+    def __init__(
+        self,
+        credential_or_serial: AgentCredential | str,
+        *,
+        recorder: Recorder | None = None,
+        attempts_dsn: str | None = None,
+    ) -> None:
+        self._recorder = recorder
+        self.attempts_dsn = attempts_dsn
         if isinstance(credential_or_serial, AgentCredential):
             self.credential: AgentCredential | None = credential_or_serial
             self.serial = credential_or_serial.serial
         else:
             self.credential = None
             self.serial = normalize_serial(credential_or_serial)
+
+    def refused(
+        self,
+        error: BaseException,
+        statement: str | bytes | None,
+        address: str,
+        dsn: Callable[[], str | None],
+    ) -> KakuninError | None:
+        """The kit's error for a statement that a policy or a scope refused, and notes an attempt; or None.
+
+        ``dsn`` gives what another connection like the refused one is made from, or None.
+        """
+        ours = refused(error)
+        if ours is not None and self._recorder is not None:
+            self._recorder.note(self, ours, statement, address, dsn)
+        return ours
 
     def cached(self, address: str, login: str) -> Ticket | None:
         return None if self.credential is None else self.credential.tickets.get(address, login)

@@ -14,20 +14,28 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import pq
 from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
+from psycopg.sql import Composable
 from psycopg.waiting import Wait
 
+from ..conninfo import dsn_of
 from ..errors import BadInputError, named
 from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, wrong_answer
 from .core import Core
 
 _AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
+
+# What a connection is waited for: the binding whose statement it is, and that statement; or the binding's own
+# steps, which are no attempts of the agent's.
+_STEPS: Final = object()
+_doing: ContextVar[Any] = ContextVar("kakunin_doing", default=None)
 
 
 class PsycopgChannel:
@@ -117,6 +125,13 @@ def _begin_and(connection: _AnyConnection, query: Query) -> PQGen[bytes | None]:
     return answer
 
 
+def _text(query: Any, connection: _AnyConnection) -> str | bytes | None:
+    """A statement as it was given; None for what has no text without its parameters."""
+    if isinstance(query, Composable):
+        return query.as_bytes(connection)
+    return query if isinstance(query, (str, bytes)) else None
+
+
 def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
     """Performs steps on a connection. Raises the kit's errors, or psycopg's."""
     channel = PsycopgChannel(connection)
@@ -150,6 +165,7 @@ def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
             return step()
         return None
 
+    doing = _doing.set(_STEPS)
     try:
         step = next(steps)
         while True:
@@ -165,6 +181,8 @@ def run(connection: psycopg.Connection[Any], steps: Steps) -> None:
         if (ours := named(error)) is not None:
             raise ours from error
         raise
+    finally:
+        _doing.reset(doing)
 
 
 async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> None:
@@ -195,6 +213,7 @@ async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> N
             return await asyncio.to_thread(step)
         return None
 
+    doing = _doing.set(_STEPS)
     try:
         step = next(steps)
         while True:
@@ -210,6 +229,8 @@ async def run_async(connection: psycopg.AsyncConnection[Any], steps: Steps) -> N
         if (ours := named(error)) is not None:
             raise ours from error
         raise
+    finally:
+        _doing.reset(doing)
 
 
 class _Hooks(ABC):
@@ -218,6 +239,7 @@ class _Hooks(ABC):
     def __init__(self, connection: Any, bearer: Bearer) -> None:
         self.connection = connection
         self.channel = PsycopgChannel(connection)
+        self.bearer = bearer
         self.core = Core(self.channel, bearer)
 
     def install(self) -> None:
@@ -236,17 +258,44 @@ class _Hooks(ABC):
         connection.cursor_factory = self._hooked(connection.cursor_factory)
         connection.server_cursor_factory = self._hooked(connection.server_cursor_factory)
         self._transaction = connection.transaction
-        connection.transaction = self.transaction  # on the instance, over the class's method
+        # On the instance, over the class's methods.
+        self._wait = connection.wait
+        connection.transaction, connection.wait = self.transaction, self.wait
         connection._kakunin_binding = self
 
     def uninstall(self) -> None:
         connection = self.connection
         connection.cursor_factory, connection.server_cursor_factory = self._factories
-        del connection.transaction
+        del connection.transaction, connection.wait
         connection._kakunin_binding = None
 
     def left_before(self) -> Left | None:
         return getattr(self.connection, "_kakunin_left", None)
+
+    def refused(self, error: psycopg.Error) -> Exception | None:
+        """The error to raise in place of one that any wait for the server has ended with, if there is one."""
+        doing = _doing.get()
+        if doing is _STEPS:
+            return None
+        mine = doing is not None and doing[0] is self
+        statement = _text(doing[1], self.connection) if mine else None
+        address = f"{self.channel.login}@{self.channel.address}"
+        return self.bearer.refused(error, statement, address, lambda: dsn_of(self.connection))
+
+    @contextlib.contextmanager
+    def doing(self, query: Any) -> Iterator[None]:
+        """Says, for its block, which statement answers are for."""
+        before = _doing.get()
+        # In the caller's pipeline it may be for an earlier one, and which is not known here.
+        _doing.set((self, None if self.channel.pipelining else query))
+        try:
+            yield
+        finally:
+            _doing.set(before)  # and no reset(): a generator may be closed in another context
+
+    @abstractmethod
+    def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
+        """The connection's wait(), through which every answer of the server comes."""
 
     @abstractmethod
     def _hooked(self, factory: Any) -> Any:
@@ -284,6 +333,14 @@ class Binding(_Hooks):
         if error is not None and (ours := named(error)) is not None:
             raise ours from error
 
+    def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._wait(gen, *args, **kwargs)
+        except psycopg.Error as error:
+            if (ours := self.refused(error)) is not None:
+                raise ours from error
+            raise
+
     def before_statement(self) -> None:
         # A cursor made inside the block may be used after it.
         if self.connection._kakunin_binding is self:
@@ -310,22 +367,25 @@ class Binding(_Hooks):
     def _hooked(self, factory: Any) -> Any:
         binding = self
 
-        def execute(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+        def execute(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
             binding.before_statement()
-            return factory.execute(cursor, *args, **kwargs)
+            with binding.doing(query):
+                return factory.execute(cursor, query, *args, **kwargs)
 
-        def executemany(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+        def executemany(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
             binding.before_statement()
-            return factory.executemany(cursor, *args, **kwargs)
+            with binding.doing(query):
+                return factory.executemany(cursor, query, *args, **kwargs)
 
-        def stream(cursor: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def stream(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
             binding.before_statement()
-            yield from factory.stream(cursor, *args, **kwargs)
+            with binding.doing(query):
+                yield from factory.stream(cursor, query, *args, **kwargs)
 
         @contextlib.contextmanager
-        def copy(cursor: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        def copy(cursor: Any, statement: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
             binding.before_statement()
-            with factory.copy(cursor, *args, **kwargs) as copying:
+            with binding.doing(statement), factory.copy(cursor, statement, *args, **kwargs) as copying:
                 yield copying
 
         members = {"execute": execute, "executemany": executemany, "stream": stream, "copy": copy}
@@ -359,6 +419,14 @@ class AsyncBinding(_Hooks):
         if error is not None and (ours := named(error)) is not None:
             raise ours from error
 
+    async def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await self._wait(gen, *args, **kwargs)
+        except psycopg.Error as error:
+            if (ours := self.refused(error)) is not None:
+                raise ours from error
+            raise
+
     async def before_statement(self) -> None:
         if self.connection._kakunin_binding is self:
             await run_async(self.connection, self.core.before_statement())
@@ -384,24 +452,28 @@ class AsyncBinding(_Hooks):
     def _hooked(self, factory: Any) -> Any:
         binding = self
 
-        async def execute(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+        async def execute(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
             await binding.before_statement()
-            return await factory.execute(cursor, *args, **kwargs)
+            with binding.doing(query):
+                return await factory.execute(cursor, query, *args, **kwargs)
 
-        async def executemany(cursor: Any, *args: Any, **kwargs: Any) -> Any:
+        async def executemany(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
             await binding.before_statement()
-            return await factory.executemany(cursor, *args, **kwargs)
+            with binding.doing(query):
+                return await factory.executemany(cursor, query, *args, **kwargs)
 
-        async def stream(cursor: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async def stream(cursor: Any, query: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             await binding.before_statement()
-            async for row in factory.stream(cursor, *args, **kwargs):
-                yield row
+            with binding.doing(query):
+                async for row in factory.stream(cursor, query, *args, **kwargs):
+                    yield row
 
         @contextlib.asynccontextmanager
-        async def copy(cursor: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async def copy(cursor: Any, statement: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             await binding.before_statement()
-            async with factory.copy(cursor, *args, **kwargs) as copying:
-                yield copying
+            with binding.doing(statement):
+                async with factory.copy(cursor, statement, *args, **kwargs) as copying:
+                    yield copying
 
         members = {"execute": execute, "executemany": executemany, "stream": stream, "copy": copy}
         return type(factory.__name__, (factory,), {k: v for k, v in members.items() if hasattr(factory, k)})

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import ssl
+import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine, event
+from psycopg.conninfo import make_conninfo
+from sqlalchemy import Connection, Dialect, Engine, ExceptionContext, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from sqlalchemy.util import await_only
 
+from ..conninfo import dsn_of
 from ..errors import BadInputError, named
 from . import psycopg_
 from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, wrong_answer
@@ -131,9 +135,62 @@ def _channel(connection: Connection) -> tuple[Channel, Any]:
     )
 
 
+# The dialects whose errors are seen here, and for whom connections are bound. SQLAlchemy tells of errors by
+# dialect only.
+_watched: weakref.WeakSet[Dialect] = weakref.WeakSet()
+_watching = threading.Lock()
+_bearers: weakref.WeakKeyDictionary[Connection, Bearer] = weakref.WeakKeyDictionary()
+
+
+def _watch(connection: Connection, bearer: Bearer) -> None:
+    """Has the connection's failed statements noted as attempts and their errors named."""
+    with _watching:
+        if connection.dialect not in _watched:
+            _watched.add(connection.dialect)
+            event.listen(connection.engine, "handle_error", _on_error, retval=True)
+    _bearers[connection] = bearer
+
+
+def _on_error(context: ExceptionContext) -> BaseException | None:
+    connection, error = context.connection, context.sqlalchemy_exception
+    bearer = None if connection is None else _bearers.get(connection)
+    if connection is None or error is None or bearer is None:
+        return None
+    url = connection.engine.url
+    address = f"{url.username}@{url.host}:{url.port}/{url.database}"
+    return bearer.refused(error, context.statement, address, lambda: _dsn(connection))
+
+
+def _dsn(connection: Connection) -> str | None:
+    """What opens another connection like this one; None where that cannot be seen from it."""
+    raw: Any = connection.connection.driver_connection
+    if connection.dialect.driver != "asyncpg":
+        return dsn_of(raw)
+    # asyncpg's connection has no public memory of how it was made, and its URL only what stands in it.
+    url = connection.engine.url
+    _, given = connection.dialect.create_connect_args(url)
+    tls = getattr(getattr(raw, "_transport", None), "get_extra_info", lambda _: None)("ssl_object")
+    verified = tls is not None and tls.context.verify_mode != ssl.CERT_NONE
+    if "host" not in given or "user" not in given or (verified and "ssl" not in given):
+        return None
+
+    def joined(value: Any) -> str | None:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value and str(value)
+
+    return make_conninfo(
+        host=joined(given["host"]),
+        port=joined(given.get("port")),
+        user=given["user"],
+        password=given.get("password"),
+        dbname=given.get("database"),
+        sslmode=given.get("ssl"),
+    )
+
+
 def _bind(connection: Connection, bearer: Bearer) -> None:
     channel, run = _channel(connection)
     core = Core(channel, bearer)
+    _watch(connection, bearer)
     run(core.begin() if channel.idle else core.enter_transaction(_left.get(connection)))
 
 
@@ -192,6 +249,7 @@ class _ConnectionBinding:
         event.listen(self.connection, "before_cursor_execute", self._on_statement)
 
     def leave(self) -> None:
+        _bearers.pop(self.connection, None)
         event.remove(self.connection, "begin", self._on_begin)
         event.remove(self.connection, "before_cursor_execute", self._on_statement)
         _bound.discard(self.connection)
@@ -231,6 +289,7 @@ class _SessionBinding:
         event.remove(self.session, "after_begin", self._on_begin)
         _bound.discard(self.session)
         for connection in self._connections:
+            _bearers.pop(connection, None)
             _unbind(connection, self.bearer)
         self._connections.clear()
 

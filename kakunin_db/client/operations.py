@@ -683,16 +683,22 @@ def revoke(setup: Setup, serial: str, reason: str) -> Steps[RevocationResult]:
 # Verification -----------------------------------------------------------------------------------------
 
 
+VERIFY_CERTIFICATE = (
+    "r.* from jsonb_to_record(kakunin.verify_certificate(%s)) as r(serial_number text,"
+    " valid boolean, status text, agent_id uuid, agent_name text, tenant text, model text,"
+    " model_hash text, permitted_actions text[], financial_scope jsonb, not_before timestamptz,"
+    " not_after timestamptz, revoked_at timestamptz, revocation_reason text, issuer_key_id text)"
+)
+
+
+def verification(row: dict[str, Any]) -> CertificateVerification:
+    actions = tuple(row["permitted_actions"] or ())
+    return CertificateVerification(**row | {"permitted_actions": actions})
+
+
 def verify_certificate(serial: str) -> Steps[CertificateVerification]:
-    rows = yield Query(
-        "select r.* from jsonb_to_record(kakunin.verify_certificate(%s)) as r(serial_number text,"
-        " valid boolean, status text, agent_id uuid, agent_name text, tenant text, model text,"
-        " model_hash text, permitted_actions text[], financial_scope jsonb, not_before timestamptz,"
-        " not_after timestamptz, revoked_at timestamptz, revocation_reason text, issuer_key_id text)",
-        [normalize_serial(serial)],
-    )
-    actions = tuple(rows[0]["permitted_actions"] or ())
-    return CertificateVerification(**rows[0] | {"permitted_actions": actions})
+    rows = yield Query(f"select {VERIFY_CERTIFICATE}", [normalize_serial(serial)])
+    return verification(rows[0])
 
 
 def verify_message(

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from cryptography import x509
-from psycopg import conninfo
 from psycopg.rows import dict_row
 
+from ..conninfo import lasting
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
 from .heads import TreeHead
 from .merkle import verify_consistency
@@ -40,17 +40,6 @@ if TYPE_CHECKING:
     from ..signers import KeyStore, Signer
 
 _CHANNEL = "kakunin_ledger"
-# libpq's, for those the DSN does not set: a server that is gone without a word is noticed, and of several
-# hosts the one that can be written to is found.
-_LASTING = {
-    "connect_timeout": 5,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 15_000,  # milliseconds
-    "target_session_attrs": "read-write",
-    "fallback_application_name": "kakunin-db worker",
-}
 # Seconds.
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 30.0
@@ -152,9 +141,10 @@ class Worker:
         witnesses: Sequence[Witness] = (),
         metrics: Metrics | None = None,
     ) -> None:
-        given = conninfo.conninfo_to_dict(dsn)
-        lasting: dict[str, Any] = {name: value for name, value in _LASTING.items() if given.get(name) is None}
-        self._dsn = conninfo.make_conninfo(dsn, **lasting)
+        # Of several hosts the one that can be written to is found.
+        self._dsn = lasting(
+            dsn, target_session_attrs="read-write", fallback_application_name="kakunin-db worker"
+        )
         self._keys = keys
         self._settings = settings or Settings()
         self._witnesses = list(witnesses)

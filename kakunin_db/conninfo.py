@@ -1,0 +1,34 @@
+"""Connection strings for connections of the kit's own, beside the caller's."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import psycopg
+from psycopg import conninfo
+
+# libpq's, for those a DSN does not set: a server that is gone without a word is noticed.
+LASTING: Final[dict[str, Any]] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,  # milliseconds
+}
+
+
+def dsn_of(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> str:
+    """What opens another connection like this one, its password included.
+
+    Raises psycopg.OperationalError when the connection is closed.
+    """
+    info = connection.info
+    return conninfo.make_conninfo(**info.get_parameters(), password=info.password or None)
+
+
+def lasting(dsn: str, **more: Any) -> str:
+    """The DSN with LASTING and ``more``, where it says nothing of its own. Raises psycopg.ProgrammingError:
+    it is not a DSN."""
+    given = conninfo.conninfo_to_dict(dsn)
+    missing = {name: value for name, value in {**LASTING, **more}.items() if given.get(name) is None}
+    return conninfo.make_conninfo(dsn, **missing)
