@@ -28,7 +28,7 @@ from kakunin_db.ledger import open_witness
 from kakunin_db.ledger.worker import Worker
 from kakunin_db.resources import install_sql
 
-ROUNDS = int(os.environ.get("KAKUNIN_CRASH_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("KAKUNIN_CRASH_ROUNDS", "2"))
 CRASHES = random.Random(os.environ.get("KAKUNIN_CRASH_SEED", "1"))
 
 

@@ -151,7 +151,7 @@ def test_g8_what_a_failover_lost_is_not_signed_over(pair: Pair, tmp_path: Path, 
             if witnesses:
                 until(lambda: lost in witness.heads(lost.installation), "the witness")
             if remembered_by == "the other worker":
-                until(lambda: other._last == lost, "its memory")
+                until(lambda: other._last == (lost.tree_size, lost.root), "its memory")
             if remembered_by == "the leader":
                 fail_over()
                 refused_by(leader, pair.standby, lost)

@@ -300,17 +300,17 @@ class S3Witness:
         return True
 
     def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
-        folder = self._folder(installation)
-        # Keys are listed in order, from after this one; "." comes after "-" and before digits.
-        yield from self._versions(folder, f"{folder}{beyond:020}." if beyond >= 0 else None)
+        yield from self._versions(self._folder(installation), beyond)
 
-    def _versions(self, prefix: str, after: str | None = None) -> Iterator[TreeHead]:
-        name = re.compile(r"[0-9]{20}-[0-9]{1,19}\.json")
-        marker: dict[str, str] = {} if after is None else {"KeyMarker": after}
+    def _versions(self, prefix: str, beyond: int = -1) -> Iterator[TreeHead]:
+        name = re.compile(r"([0-9]{20})-[0-9]{1,19}\.json")
+        # All keys are listed, a thousand a request: servers do not agree on what a KeyMarker of one's own skips.
+        marker: dict[str, str] = {}
         while True:
             page = self._call("ListObjectVersions", Bucket=self._bucket, Prefix=prefix, **marker)
             for version in page.get("Versions", ()):
-                if name.fullmatch(version["Key"].rpartition("/")[2]):
+                found = name.fullmatch(version["Key"].rpartition("/")[2])
+                if found and int(found[1]) > beyond:
                     yield self._get(version["Key"], version["VersionId"])
             if not page.get("IsTruncated"):
                 return

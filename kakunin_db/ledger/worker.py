@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 from cryptography import x509
@@ -137,6 +137,13 @@ _COUNTERS = {
 _ERRORS = ("database", "signer", "integrity", "witness")
 
 
+class _Signed(NamedTuple):
+    """What a tree head was signed over."""
+
+    tree_size: int
+    root: bytes
+
+
 class Worker:
     """Seals and signs until :meth:`stop`.
 
@@ -169,7 +176,8 @@ class Worker:
         self._stopping = False
         self._served = False
         self._installation: uuid.UUID | None = None  # whose ledger the memory is of
-        self._last: TreeHead | None = None  # what is signed next has to continue it
+        self._last: _Signed | None = None  # what is signed next has to continue it
+        self._published: TreeHead | None = None  # what witnesses are shown
         self._asked = False  # the witnesses, since it leads on this connection
         self._witnessed: dict[int, tuple[float, TreeHead | None]] = {}
         self._signers: dict[str, Signer] = {}
@@ -371,12 +379,12 @@ class Worker:
         size, timestamp, root = due["tree_size"], due["timestamp"], due["root"]
         self._check_continues(connection, size, root)
         signature = signer.sign(sha256(TreeHead.bytes_to_sign(size, timestamp, root)).digest())
-        head = TreeHead(installation, size, timestamp, root, key_id, signature)
         # From here on it may have been seen, also where the connection is lost before the answer comes.
-        self._last = head
+        self._last = _Signed(size, root)
         connection.execute(
             "select kakunin.publish_tree_head(%s, %s, %s, %s)", [size, timestamp, key_id, signature]
         )
+        self._published = head = TreeHead(installation, size, timestamp, root, key_id, signature)
         self.metrics.counters["kakunin_worker_signatures"] += 1
         self.metrics.gauges["kakunin_worker_last_signature_timestamp_seconds"] = time.time()
         _say(
@@ -405,13 +413,13 @@ class Worker:
         installation = self._value(connection, "select kakunin.installation_id()")
         if installation != self._installation:
             # kakunin.renew_installation() begins another ledger, and its key is another.
-            self._installation, self._last, self._asked = installation, None, False
+            self._installation, self._last, self._published, self._asked = installation, None, None, False
             self._witnessed.clear()
         stored = self._stored(connection)
         if stored is None or (self._last is not None and stored.tree_size < self._last.tree_size):
             return
         self._check_continues(connection, stored.tree_size, stored.root)
-        self._last = stored
+        self._last, self._published = _Signed(stored.tree_size, stored.root), stored
 
     def _ask_witnesses(self) -> None:
         """Remembers the newest tree head that a witness has. Without its answer nothing is signed."""
@@ -419,10 +427,11 @@ class Worker:
         for witness in self._witnesses:
             beyond = self._last.tree_size - 1 if self._last else -1
             for head in witness.heads(self._installation, beyond):
-                if self._last is None or head.tree_size > self._last.tree_size:
-                    self._last = head
-                elif head.tree_size == self._last.tree_size and head.root != self._last.root:
-                    raise _behind(head, head.tree_size)
+                seen = _Signed(head.tree_size, head.root)
+                if self._last is None or seen.tree_size > self._last.tree_size:
+                    self._last = seen
+                elif seen.tree_size == self._last.tree_size and seen != self._last:
+                    raise _behind(seen, seen.tree_size)
 
     def _follow(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Keeps the memory of a worker that does not lead up with the one that does."""
@@ -481,22 +490,23 @@ class Worker:
 
     def _witness(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Shows the newest tree head to the witnesses whose time has come; one that is down stops nothing."""
-        if self._last is None:
+        head = self._published
+        if head is None:
             return
         now = time.monotonic()
         for at, witness in enumerate(self._witnesses):
             due, shown = self._witnessed.get(at, (0.0, None))
-            if now < due or (shown is not None and shown.tree_size >= self._last.tree_size):
+            if now < due or (shown is not None and shown.tree_size >= head.tree_size):
                 continue
             try:
-                witness.publish(self._last)
+                witness.publish(head)
             except KakuninError as error:
                 self._failed("witness", error)
                 self._witnessed[at] = (now + self._settings.witness_every, shown)
                 continue
             self._recovered("witness")
             self.metrics.counters["kakunin_worker_witnessed"] += 1
-            self._witnessed[at] = (now + self._settings.witness_every, self._last)
+            self._witnessed[at] = (now + self._settings.witness_every, head)
 
     def _make_partitions(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         self._partitions_at = time.monotonic() + _PARTITIONS_EVERY
@@ -543,7 +553,7 @@ class Worker:
             _say(logging.INFO, f"{source}_recovered", "works again")
 
 
-def _behind(last: TreeHead, size: int) -> LedgerIntegrityError:
+def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
     return LedgerIntegrityError(
         f"the ledger has been put back: a tree head over {last.tree_size} entries was signed, and now there"
         f" are {size}, or other ones",
