@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from test_crash import Writer, answered, check, durable, writing
 from test_worker import QUICK, append, running, signed, status, until, verify
 
+from kakunin_db import bind_agent_session
 from kakunin_db.ledger import TreeHead, open_witness, verify_bundle
 from kakunin_db.ledger.export import bundle_lines
 from kakunin_db.ledger.worker import Worker
@@ -110,6 +111,36 @@ def test_g9_a_synchronous_standby_is_promoted(pair: Pair, tmp_path: Path) -> Non
     check(pair.standby, [writer], path)
     verified = audit_verify(pair.standby, tmp_path, path)
     assert verified.returncode == 0, verified.stderr + verified.stdout
+
+
+def test_g9_what_the_standby_has_not_is_not_signed(pair: Pair) -> None:
+    """Also where the worker's login was set not to wait for it."""
+    pair.synchronous()
+    agent, keys = pair.primary.agent(), OneKey(pair.primary.ledger_key())
+    pair.primary.run("postgres", "alter role worker set synchronous_commit = local")
+    with running(Worker(pair.dsn("worker"), keys, settings=QUICK)) as worker:
+        until(signed(pair.primary), "the signature")
+        size = status(pair.primary)["tree_size"]
+        pair.standby.cluster.stop()
+        with (
+            pair.primary.connect(
+                "agent_1", autocommit=True, options="-c synchronous_commit=local"
+            ) as session,
+            bind_agent_session(session, agent.credential),
+        ):
+            session.execute("select kakunin.audit_log_append('api_call')")
+        until(lambda: waits_for_standby(pair.primary), "the worker, who waits")
+        assert (status(pair.primary)["tree_size"], status(pair.primary)["signed_size"]) == (size, size)
+        assert status(pair.primary)["lag_entries"] == 1
+        pair.standby.cluster.start()
+        until(signed(pair.primary), "the signature")
+        assert not worker.metrics.errors["integrity"]
+    assert pair.received(size + 1)
+
+
+def waits_for_standby(database: Database) -> bool:
+    query = "select exists (select from pg_stat_activity where usename = 'worker' and wait_event = 'SyncRep')"
+    return bool(database.value("postgres", query))
 
 
 def stored_heads(database: Database) -> list[TreeHead]:

@@ -304,7 +304,7 @@ class S3Witness:
 
     def _versions(self, prefix: str, beyond: int = -1) -> Iterator[TreeHead]:
         name = re.compile(r"([0-9]{20})-[0-9]{1,19}\.json")
-        # All keys are listed, a thousand a request: servers do not agree on what a KeyMarker of one's own skips.
+        # All keys are listed, a thousand a request: servers do not agree on what a KeyMarker skips.
         marker: dict[str, str] = {}
         while True:
             page = self._call("ListObjectVersions", Bucket=self._bucket, Prefix=prefix, **marker)
