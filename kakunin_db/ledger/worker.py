@@ -367,8 +367,7 @@ class Worker:
             " from kakunin.tree_head_to_sign()"
         ).fetchone()
         if due is None:
-            self._learn(connection)
-            stored = self._stored(connection)
+            stored = self._learn(connection)
             if self._last is not None and (stored is None or stored.tree_size < self._last.tree_size):
                 raise _behind(self._last, stored.tree_size if stored else 0)
             return True
@@ -399,27 +398,24 @@ class Worker:
 
     # The memory ---------------------------------------------------------------------------------------
 
-    def _stored(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
-        """The newest tree head in the database."""
-        row = connection.execute(
-            'select installation_id, tree_size, "timestamp", root, key_id, signature from kakunin.tree_heads'
-            " order by tree_size desc limit 1"
-        ).fetchone()
-        return None if row is None else TreeHead(*row.values())
-
-    def _learn(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
-        """Remembers the newest tree head in the database. Raises LedgerIntegrityError where that does not
-        continue what is remembered; one that is older says nothing yet."""
+    def _learn(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
+        """Remembers the newest tree head in the database, and returns it. Raises LedgerIntegrityError where
+        that does not continue what is remembered; one that is older says nothing yet."""
         installation = self._value(connection, "select kakunin.installation_id()")
         if installation != self._installation:
             # kakunin.renew_installation() begins another ledger, and its key is another.
             self._installation, self._last, self._published, self._asked = installation, None, None, False
             self._witnessed.clear()
-        stored = self._stored(connection)
+        row = connection.execute(
+            'select installation_id, tree_size, "timestamp", root, key_id, signature from kakunin.tree_heads'
+            " order by tree_size desc limit 1"
+        ).fetchone()
+        stored = None if row is None else TreeHead(*row.values())
         if stored is None or (self._last is not None and stored.tree_size < self._last.tree_size):
-            return
+            return stored
         self._check_continues(connection, stored.tree_size, stored.root)
         self._last, self._published = _Signed(stored.tree_size, stored.root), stored
+        return stored
 
     def _ask_witnesses(self) -> None:
         """Remembers the newest tree head that a witness has. Without its answer nothing is signed."""
