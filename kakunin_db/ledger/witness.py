@@ -25,7 +25,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError
-from .heads import TreeHead
+from .heads import MAX_INTEGER, TreeHead
 
 _FORMS = (
     "file:/path/heads.jsonl, s3://bucket/prefix?region=...&endpoint=...&retain_days=365, or a database:"
@@ -61,8 +61,9 @@ class Witness(Protocol):
         """
         ...
 
-    def heads(self, installation: uuid.UUID) -> Iterator[TreeHead]:
-        """The tree heads of an installation that were kept, oldest first. Nothing about them is verified.
+    def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
+        """The tree heads of an installation that were kept and are over more than ``beyond`` entries, oldest
+        first. Nothing about them is verified.
 
         :raises WitnessError: as above.
         :raises LedgerIntegrityError: what was kept is no tree head.
@@ -140,7 +141,7 @@ class FileWitness:
         if file.write(line) != len(line):
             raise OSError(errno.ENOSPC, "the disk is full")
 
-    def heads(self, installation: uuid.UUID) -> Iterator[TreeHead]:
+    def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
         try:
             with self._path.open("rb") as file:
                 number = 0
@@ -150,7 +151,7 @@ class FileWitness:
                     if not line.rstrip(b"\n").endswith(b"}"):
                         continue
                     head = self._parse(line, number)
-                    if head.installation == installation:
+                    if head.installation == installation and head.tree_size > beyond:
                         yield head
         except FileNotFoundError:
             return
@@ -298,16 +299,18 @@ class S3Witness:
             raise
         return True
 
-    def heads(self, installation: uuid.UUID) -> Iterator[TreeHead]:
-        yield from self._versions(self._folder(installation))
+    def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
+        yield from self._versions(self._folder(installation), beyond)
 
-    def _versions(self, prefix: str) -> Iterator[TreeHead]:
-        name = re.compile(r"[0-9]{20}-[0-9]{1,19}\.json")
+    def _versions(self, prefix: str, beyond: int = -1) -> Iterator[TreeHead]:
+        name = re.compile(r"([0-9]{20})-[0-9]{1,19}\.json")
+        # All keys are listed, a thousand a request: servers do not agree on what a KeyMarker skips.
         marker: dict[str, str] = {}
         while True:
             page = self._call("ListObjectVersions", Bucket=self._bucket, Prefix=prefix, **marker)
             for version in page.get("Versions", ()):
-                if name.fullmatch(version["Key"].rpartition("/")[2]):
+                found = name.fullmatch(version["Key"].rpartition("/")[2])
+                if found and int(found[1]) > beyond:
                     yield self._get(version["Key"], version["VersionId"])
             if not page.get("IsTruncated"):
                 return
@@ -478,9 +481,9 @@ class PostgresWitness:
         if row != (head.root, head.key_id, head.signature):
             raise _conflict(head)
 
-    def heads(self, installation: uuid.UUID) -> Iterator[TreeHead]:
+    def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
         with self._connect() as connection:
-            after = (-1, -1)
+            after = (beyond, MAX_INTEGER)
             # In pages, so that a long list is neither held nor cut off by the time limit.
             while True:
                 rows = connection.execute(

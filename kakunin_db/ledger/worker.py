@@ -5,7 +5,9 @@ it stores it. So the worker may be killed at any instruction, and any number of 
 leads does the work, and where two believe that they lead nothing forks.
 
 What it adds is its memory: it signs no tree head that does not continue the last one that it, a witness, or
-the database before it, had seen signed. A ledger that was put back to an earlier state is not signed anew.
+the database before it, had seen signed. A ledger that was put back to an earlier state, by a restore or by a
+failover to a standby that lacked the end of it, is not signed anew. A worker that does not lead keeps its
+memory up as well, and who begins to lead, or is connected anew, asks the witnesses again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 from cryptography import x509
@@ -42,7 +44,8 @@ if TYPE_CHECKING:
 _CHANNEL = "kakunin_ledger"
 # Seconds.
 _FIRST_PAUSE = 0.5
-_LONGEST_PAUSE = 30.0
+_LONGEST_PAUSE = 30.0  # between attempts to sign
+_LONGEST_RECONNECT = 5.0  # a failover takes no longer for being waited for
 _SHORTEST_PAUSE = 0.05
 _STATUS_EVERY = 5.0
 _PARTITIONS_EVERY = 3600.0
@@ -124,6 +127,13 @@ _COUNTERS = {
 _ERRORS = ("database", "signer", "integrity", "witness", "risk")
 
 
+class _Signed(NamedTuple):
+    """What a tree head was signed over."""
+
+    tree_size: int
+    root: bytes
+
+
 class Worker:
     """Seals and signs until :meth:`stop`.
 
@@ -156,7 +166,10 @@ class Worker:
         self._waker.setblocking(False)
         self._stopping = False
         self._served = False
-        self._last: TreeHead | None = None  # what is signed next has to continue it
+        self._installation: uuid.UUID | None = None  # whose ledger the memory is of
+        self._last: _Signed | None = None  # what is signed next has to continue it
+        self._published: TreeHead | None = None  # what witnesses are shown
+        self._asked = False  # the witnesses, since it leads on this connection
         self._witnessed: dict[int, tuple[float, TreeHead | None]] = {}
         self._signers: dict[str, Signer] = {}
         self._told: dict[str, str] = {}
@@ -214,19 +227,27 @@ class Worker:
                     pause = _FIRST_PAUSE
                 _say(logging.WARNING, "disconnected", _why(error), retry_in=pause)
                 self._wait(None, pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                pause = min(pause * 2, _LONGEST_RECONNECT)
 
     def _connect(self) -> psycopg.Connection[dict[str, Any]]:
         return psycopg.connect(self._dsn, autocommit=True, prepare_threshold=None, row_factory=dict_row)
 
     def _serve(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         connection.execute(f"listen {_CHANNEL}")
+        # What a failover loses would make the next tree head a fork; so a role that was set to commit without
+        # the standby is not taken at its word here.
+        connection.execute(
+            "select set_config('synchronous_commit', 'on', false)"
+            " where current_setting('synchronous_commit') in ('off', 'local')"
+        )
+        self._asked = False
         while not self._stopping:
             self._lead(connection)
             self._status(connection)
             begun = time.monotonic()
             rest = min(self._settings.lease / 3, self._settings.poll)
             if not self._leading:
+                self._follow(connection)
                 self._wait(None, self._settings.lease / 3)
             elif self._busy(connection):
                 self._wait(None, self._settings.interval - (time.monotonic() - begun))
@@ -279,6 +300,7 @@ class Worker:
         self._until = now + self._settings.lease / 3
         self.metrics.gauges["kakunin_worker_leader"] = float(self._leading)
         if self._leading != before:
+            self._asked = False
             _say(
                 logging.INFO,
                 "leader",
@@ -328,23 +350,32 @@ class Worker:
 
     def _sign(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
         """Signs and publishes a tree head, if one is due. Raises KakuninError."""
-        if self._last is None:
-            self._last = self._known(connection)
+        if not self._asked:
+            self._learn(connection)
+            self._ask_witnesses()
+            self._asked = True
         due = connection.execute(
-            'select tree_size, "timestamp", root, since from kakunin.tree_head_to_sign()'
+            'select tree_size, "timestamp", root, kakunin.installation_id() as installation_id'
+            " from kakunin.tree_head_to_sign()"
         ).fetchone()
         if due is None:
-            self._check_not_behind(connection)
+            stored = self._learn(connection)
+            if self._last is not None and (stored is None or stored.tree_size < self._last.tree_size):
+                raise _behind(self._last, stored.tree_size if stored else 0)
             return True
+        if due["installation_id"] != self._installation:
+            self._asked = False  # it was renewed; the next round begins anew
+            return False
         key_id, installation, signer = self._signer(connection)
         size, timestamp, root = due["tree_size"], due["timestamp"], due["root"]
         self._check_continues(connection, size, root)
         signature = signer.sign(sha256(TreeHead.bytes_to_sign(size, timestamp, root)).digest())
+        # From here on it may have been seen, also where the connection is lost before the answer comes.
+        self._last = _Signed(size, root)
         connection.execute(
             "select kakunin.publish_tree_head(%s, %s, %s, %s)", [size, timestamp, key_id, signature]
         )
-        head = TreeHead(installation, size, timestamp, root, key_id, signature)
-        self._last = head
+        self._published = head = TreeHead(installation, size, timestamp, root, key_id, signature)
         self.metrics.counters["kakunin_worker_signatures"] += 1
         self.metrics.gauges["kakunin_worker_last_signature_timestamp_seconds"] = time.time()
         _say(
@@ -357,33 +388,48 @@ class Worker:
         )
         return True
 
-    def _heads(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
+    # The memory ---------------------------------------------------------------------------------------
+
+    def _learn(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
+        """Remembers the newest tree head in the database, and returns it. Raises LedgerIntegrityError where
+        that does not continue what is remembered; one that is older says nothing yet."""
+        installation = self._value(connection, "select kakunin.installation_id()")
+        if installation != self._installation:
+            # kakunin.renew_installation() begins another ledger, and its key is another.
+            self._installation, self._last, self._published, self._asked = installation, None, None, False
+            self._witnessed.clear()
         row = connection.execute(
             'select installation_id, tree_size, "timestamp", root, key_id, signature from kakunin.tree_heads'
             " order by tree_size desc limit 1"
         ).fetchone()
-        return None if row is None else TreeHead(*row.values())
+        stored = None if row is None else TreeHead(*row.values())
+        if stored is None or (self._last is not None and stored.tree_size < self._last.tree_size):
+            return stored
+        self._check_continues(connection, stored.tree_size, stored.root)
+        self._last, self._published = _Signed(stored.tree_size, stored.root), stored
+        return stored
 
-    def _known(self, connection: psycopg.Connection[dict[str, Any]]) -> TreeHead | None:
-        """The newest tree head that anybody knows of: the database, or a witness."""
-        newest = self._heads(connection)
-        installation = self._value(connection, "select kakunin.installation_id()")
+    def _ask_witnesses(self) -> None:
+        """Remembers the newest tree head that a witness has. Without its answer nothing is signed."""
+        assert self._installation is not None  # noqa: S101  (_learn() comes first)
         for witness in self._witnesses:
-            for head in witness.heads(installation):
-                if newest is None or head.tree_size > newest.tree_size:
-                    newest = head
-        return newest
+            beyond = self._last.tree_size - 1 if self._last else -1
+            for head in witness.heads(self._installation, beyond):
+                seen = _Signed(head.tree_size, head.root)
+                if self._last is None or seen.tree_size > self._last.tree_size:
+                    self._last = seen
+                elif seen.tree_size == self._last.tree_size and seen != self._last:
+                    raise _behind(seen, seen.tree_size)
 
-    def _check_not_behind(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
-        if self._last is None:
-            return
-        stored = self._heads(connection)
-        if stored is not None and stored.tree_size >= self._last.tree_size:
-            if stored.tree_size > self._last.tree_size:
-                self._check_continues(connection, stored.tree_size, stored.root)
-                self._last = stored
-            return
-        raise _behind(self._last, stored.tree_size if stored else 0)
+    def _follow(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        """Keeps the memory of a worker that does not lead up with the one that does."""
+        try:
+            self._learn(connection)
+        except (LedgerIntegrityError, psycopg.Error) as error:
+            ours = error if isinstance(error, LedgerIntegrityError) else named(error)
+            if not isinstance(ours, LedgerIntegrityError):
+                raise
+            self._failed("integrity", ours)
 
     def _check_continues(
         self, connection: psycopg.Connection[dict[str, Any]], size: int, root: bytes
@@ -391,8 +437,10 @@ class Worker:
         last = self._last
         if last is None:
             return
-        if size < last.tree_size:
+        if size < last.tree_size or (size == last.tree_size and root != last.root):
             raise _behind(last, size)
+        if size == last.tree_size:
+            return
         try:
             proof = self._value(connection, "select kakunin.consistency_proof(%s, %s)", last.tree_size, size)
         except psycopg.Error as error:
@@ -430,22 +478,23 @@ class Worker:
 
     def _witness(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Shows the newest tree head to the witnesses whose time has come; one that is down stops nothing."""
-        if self._last is None:
+        head = self._published
+        if head is None:
             return
         now = time.monotonic()
         for at, witness in enumerate(self._witnesses):
             due, shown = self._witnessed.get(at, (0.0, None))
-            if now < due or (shown is not None and shown.tree_size >= self._last.tree_size):
+            if now < due or (shown is not None and shown.tree_size >= head.tree_size):
                 continue
             try:
-                witness.publish(self._last)
+                witness.publish(head)
             except KakuninError as error:
                 self._failed("witness", error)
                 self._witnessed[at] = (now + self._settings.witness_every, shown)
                 continue
             self._recovered("witness")
             self.metrics.counters["kakunin_worker_witnessed"] += 1
-            self._witnessed[at] = (now + self._settings.witness_every, self._last)
+            self._witnessed[at] = (now + self._settings.witness_every, head)
 
     def _settle(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Revokes the certificates of agents that their own score has stopped; before sealing, to be in it."""
@@ -506,12 +555,13 @@ class Worker:
             _say(logging.INFO, f"{source}_recovered", "works again")
 
 
-def _behind(last: TreeHead, size: int) -> LedgerIntegrityError:
+def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
     return LedgerIntegrityError(
         f"the ledger has been put back: a tree head over {last.tree_size} entries was signed, and now there"
         f" are {size}, or other ones",
         "Nothing is signed until that is explained. If this is a restored copy, make it a ledger of its own:"
-        " kakunin.renew_installation().",
+        " kakunin.renew_installation(). If a standby was promoted that lacked the end, docs/ledger.md"
+        " says what to do.",
     )
 
 
