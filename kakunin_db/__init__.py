@@ -20,6 +20,7 @@ from .errors import (
     SignerUnavailableError,
     SpendLimitError,
     UnknownCertificateError,
+    WebhookVerificationError,
 )
 from .model_hash import compute_model_hash
 from .serials import normalize_serial
@@ -35,6 +36,7 @@ from .signers import (
     open_keys,
     open_signer,
 )
+from .webhooks import verify_webhook
 
 __all__ = [
     "AgentCertificate",
@@ -63,9 +65,11 @@ __all__ = [
     "SignerUnavailableError",
     "SpendLimitError",
     "UnknownCertificateError",
+    "WebhookVerificationError",
     "bind_agent_session",
     "compute_model_hash",
     "normalize_serial",
     "open_keys",
     "open_signer",
+    "verify_webhook",
 ]

@@ -57,8 +57,17 @@ _LONGEST_PAUSE = 30.0
 _SHORTEST_PAUSE = 0.05
 _STATUS_EVERY = 5.0
 _PARTITIONS_EVERY = 3600.0
+_EXPIRIES_EVERY = 30.0
+_MOST_EXPIRIES = 1000
 
 _log = logging.getLogger("kakunin_db.worker")
+
+
+def lasting(dsn: str) -> str:
+    """The connection string with what a connection needs that is to last, where it does not say otherwise."""
+    given = conninfo.conninfo_to_dict(dsn)
+    missing: dict[str, Any] = {name: value for name, value in _LASTING.items() if given.get(name) is None}
+    return conninfo.make_conninfo(dsn, **missing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +133,20 @@ _GAUGES = {
     "kakunin_worker_leader": "1 where this worker leads",
     "kakunin_worker_connected": "1 while it is connected to the database",
     "kakunin_worker_last_signature_timestamp_seconds": "When it last published a tree head",
+    "kakunin_webhooks_pending": "Webhooks that enabled endpoints have still to get",
+    "kakunin_webhooks_oldest_pending_seconds": "Age of the oldest of them",
+    "kakunin_webhooks_dead": "Webhooks that were given up",
 }
 _COUNTERS = {
     "kakunin_worker_signatures": "Tree heads signed and published",
     "kakunin_worker_sealed_entries": "Entries taken into the tree",
     "kakunin_worker_rounds": "Times it looked for entries",
     "kakunin_worker_witnessed": "Tree heads kept by a witness",
+    "kakunin_worker_expired_certificates": "Certificates whose expiry it put on record",
+    "kakunin_webhooks_delivered": "Webhooks delivered by this worker",
+    "kakunin_webhooks_failed_attempts": "Attempts of this worker to deliver that failed",
 }
-_ERRORS = ("database", "signer", "integrity", "witness")
+_ERRORS = ("database", "signer", "integrity", "witness", "webhooks")
 
 
 class Worker:
@@ -151,9 +166,7 @@ class Worker:
         witnesses: Sequence[Witness] = (),
         metrics: Metrics | None = None,
     ) -> None:
-        given = conninfo.conninfo_to_dict(dsn)
-        lasting: dict[str, Any] = {name: value for name, value in _LASTING.items() if given.get(name) is None}
-        self._dsn = conninfo.make_conninfo(dsn, **lasting)
+        self._dsn = lasting(dsn)
         self._keys = keys
         self._settings = settings or Settings()
         self._witnesses = list(witnesses)
@@ -172,6 +185,7 @@ class Worker:
         self._leading = False
         self._until = 0.0
         self._partitions_at = 0.0
+        self._expiries_at = 0.0
         self._status_at = 0.0
         self._retry = 0.0
         self._not_before = 0.0
@@ -302,6 +316,8 @@ class Worker:
         self.metrics.counters["kakunin_worker_rounds"] += 1
         if time.monotonic() >= self._partitions_at:
             self._make_partitions(connection)
+        if time.monotonic() >= self._expiries_at:
+            self._expire(connection)
         try:
             while self._seal(connection) == self._settings.batch and not self._stopping:
                 self._lead(connection)
@@ -465,6 +481,12 @@ class Worker:
             return
         if made:
             _say(logging.INFO, "partitions", "made partitions", names=made)
+
+    def _expire(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        count = self._value(connection, "select kakunin.expire_certificates(%s)", _MOST_EXPIRIES)
+        self.metrics.counters["kakunin_worker_expired_certificates"] += count
+        if count < _MOST_EXPIRIES:  # otherwise more of them in the next round
+            self._expiries_at = time.monotonic() + _EXPIRIES_EVERY
 
     def _status(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         if time.monotonic() < self._status_at:
