@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .ledger import Report, TreeHead
     from .ledger.worker import Metrics
+    from .webhooks import SecretKeys
 
 
 @contextlib.contextmanager
@@ -428,11 +429,10 @@ def health(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _delivering(options: argparse.Namespace, metrics: Metrics, stop: Callable[[], None]) -> Iterator[None]:
+def _delivering(
+    options: argparse.Namespace, keys: SecretKeys | None, metrics: Metrics, stop: Callable[[], None]
+) -> Iterator[None]:
     """Webhooks are delivered meanwhile, where there is a key. What ends that ends the worker."""
-    from .webhook_commands import secret_keys  # noqa: PLC0415
-
-    keys = secret_keys(options)
     if keys is None:
         yield
         return
@@ -463,7 +463,9 @@ def worker(options: argparse.Namespace) -> int:
     from .ledger import open_witness  # noqa: PLC0415
     from .ledger.worker import JSONFormatter, Metrics, Settings, TextFormatter, Worker  # noqa: PLC0415
     from .signers import open_keys  # noqa: PLC0415
+    from .webhook_commands import secret_keys  # noqa: PLC0415
 
+    webhook_keys = secret_keys(options)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if options.log_format == "json" else TextFormatter())
     logger = logging.getLogger("kakunin_db.worker")
@@ -501,7 +503,7 @@ def worker(options: argparse.Namespace) -> int:
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with _delivering(options, metrics, work.stop):
+        with _delivering(options, webhook_keys, metrics, work.stop):
             work.run()
     finally:
         for each, was in before.items():

@@ -41,9 +41,9 @@ _NOT_PUBLIC_4 = [
         "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
     )
 ]  # fmt: skip
-# Of IPv6 only 2000::/3 is public: that leaves out what has an IPv4 address inside (mapped, compatible, NAT64),
-# unique local, link-local and multicast addresses. Inside it are Teredo and its neighbours, documentation and
-# 6to4.
+# Of IPv6 only 2000::/3 is public: that leaves out what has an IPv4 address inside (mapped, compatible,
+# NAT64), unique local, link-local and multicast addresses. Inside it are Teredo and its neighbours,
+# documentation and 6to4.
 _PUBLIC_6 = ipaddress.ip_network("2000::/3")
 _NOT_PUBLIC_6 = [
     ipaddress.ip_network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
@@ -89,12 +89,10 @@ class Target:
         except ValueError as error:
             raise BadInputError(f"this is not a URL: {error}") from error
         if "@" in parts.netloc:
-            raise BadInputError(
-                "a webhook's URL has no user and no password", "Its signature says who sends it."
-            )
+            raise BadInputError("a webhook's URL names no user", "The signature says who sends it.")
         if "#" in url:
             raise BadInputError("a webhook's URL has no fragment")
-        if ":" in host:
+        if ":" in host or "[" in parts.netloc:
             try:
                 ipaddress.IPv6Address(host)
             except ValueError as error:
