@@ -6,8 +6,9 @@
 -- sending and the report, the message is sent again when the lease ends, under the same id, by which its receiver
 -- knows it. What fails is tried ten times over three days, and is dead after that; replay_webhooks() sends it again.
 --
--- In nobody's way. A halt only reads the endpoints and adds rows of its own: no foreign key to an endpoint, whose
--- check would wait for an operator's open transaction, no notification, no row that others change.
+-- In nobody's way. A halt only reads the endpoints and adds rows of its own: no foreign keys, whose checks wait for
+-- whoever holds an endpoint, and fail under SERIALIZABLE for a neighbour's sake; no notification; no row that others
+-- change. And what takes something away goes ahead of all else that an endpoint has still to get.
 --
 -- Secrets sign what is sent, and are here as ciphertext alone: AES-256-GCM under a key that the worker and the operator's
 -- command have and the database has not, over the key's bytes, with this installation's and the endpoint's
@@ -44,8 +45,9 @@ create index webhook_messages_created_at on kakunin_private.webhook_messages (cr
 comment on table kakunin_private.webhook_messages is 'The outbox: what is sent, byte for byte';
 
 create table kakunin_private.webhook_deliveries (
-  message_id      text collate "C" not null references kakunin_private.webhook_messages on delete cascade,
-  endpoint_id     uuid not null,  -- no foreign key: its check locks a row that an operator may hold
+  message_id      text collate "C" not null,
+  endpoint_id     uuid not null,
+  urgent          boolean not null,
   state           text collate "C" not null default 'pending' check (state in ('pending', 'delivered', 'dead')),
   attempts        integer not null default 0,
   created_at      timestamptz not null,
@@ -56,10 +58,11 @@ create table kakunin_private.webhook_deliveries (
   last_error      text,
   primary key (message_id, endpoint_id)
 );
-create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, next_attempt_at) where state = 'pending';
+create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, urgent, next_attempt_at) where state = 'pending';
 create index webhook_deliveries_leased on kakunin_private.webhook_deliveries (endpoint_id, leased_until) where leased_until is not null;
 create index webhook_deliveries_dead on kakunin_private.webhook_deliveries (endpoint_id) where state = 'dead';
 comment on table kakunin_private.webhook_deliveries is 'How far each message is with each endpoint';
+comment on column kakunin_private.webhook_deliveries.urgent is 'Whether it is sent before others that are due';
 comment on column kakunin_private.webhook_deliveries.attempts is 'Counted when one begins, so that one that ends the worker counts as well';
 comment on column kakunin_private.webhook_deliveries.leased_until is 'Until when nobody else sends it; NULL where nobody does';
 
@@ -108,8 +111,10 @@ begin
      where exists (select from wanted)
     returning m.message_id
   ), queued as (
-    insert into kakunin_private.webhook_deliveries (message_id, endpoint_id, created_at, next_attempt_at)
-    select m.message_id, w.endpoint_id, v_now, v_now from message m, wanted w
+    insert into kakunin_private.webhook_deliveries (message_id, endpoint_id, urgent, created_at, next_attempt_at)
+    select m.message_id, w.endpoint_id,
+           p_event_type collate "C" in ('agent.high_risk', 'agent.suspended', 'certificate.revoked'), v_now, v_now
+      from message m, wanted w
   )
   select m.message_id into v_message_id from message m;
   return v_message_id;
@@ -187,7 +192,7 @@ begin
              lateral (select d.message_id, d.endpoint_id from kakunin_private.webhook_deliveries d
                        where d.endpoint_id = e.endpoint_id and d.state = 'pending' and d.next_attempt_at <= v_now
                          and coalesce(d.leased_until <= v_now, true)
-                       order by d.next_attempt_at
+                       order by d.urgent desc, d.next_attempt_at
                        limit greatest(0, c_at_once - (
                          select count(*) from kakunin_private.webhook_deliveries l
                           where l.endpoint_id = e.endpoint_id and l.leased_until > v_now))
@@ -259,6 +264,8 @@ begin
      order by m.created_at
      limit 1000
        for update of m skip locked
+  ), done as (
+    delete from kakunin_private.webhook_deliveries d using old o where d.message_id = o.message_id
   )
   delete from kakunin_private.webhook_messages m using old o where m.message_id = o.message_id;
   get diagnostics v_count = row_count;

@@ -332,8 +332,8 @@ def test_public(address: str) -> None:
     [
         "127.0.0.1", "localhost", "LOCALHOST", "localhost.", "127.1", "0x7f.1", "0x7f000001", "2130706433",
         "017700000001", "0177.0.0.01", "0", "0.0.0.0", "[::1]", "[::]", "[0:0:0:0:0:0:0:1]",
-        "[::ffff:127.0.0.1]",        "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "169.254.169.254", "10.1.2.3", "[fe80::1]",
-        "[fd00::1]",
+        "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "169.254.169.254",
+        "10.1.2.3", "[fe80::1]", "[fd00::1]",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -842,6 +842,18 @@ def test_claims_at_once_never_overlap_and_leave_room_for_others(hooks: Database)
         second = two.execute(claim).fetchall()
         assert first
         assert not set(first) & set(second)
+
+
+def test_what_takes_something_away_goes_ahead(hooks: Database) -> None:
+    add(hooks, "https://a.test")
+    agent = hooks.agent()
+    for _ in range(20):
+        hooks.run("registrar", "select kakunin.create_agent('a')")
+    hooks.run("operator", "select kakunin.halt_agent(%s, 'why')", [agent.agent_id])
+    claimed = hooks.run("worker", "select payload from kakunin.claim_webhooks()")
+    types = [json.loads(payload)["type"] for (payload,) in claimed]
+    assert {"agent.suspended", "certificate.revoked"} < set(types)
+    assert len(types) == 4
 
 
 def test_two_deliverers_send_each_message_once(hooks: Database, receiver: Receiver) -> None:

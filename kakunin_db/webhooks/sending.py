@@ -54,7 +54,7 @@ class Unsent(Exception):  # noqa: N818
     """It was not received, and why; ``status`` where there was an answer."""
 
     def __init__(self, why: str, status: int | None = None) -> None:
-        super().__init__(why)
+        super().__init__("".join(c for c in why if c.isprintable()))
         self.status = status
 
 
