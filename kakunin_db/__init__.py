@@ -23,6 +23,7 @@ from .errors import (
     SignerUnavailableError,
     SpendLimitError,
     UnknownCertificateError,
+    WebhookVerificationError,
 )
 from .model_hash import compute_model_hash
 from .serials import normalize_serial
@@ -38,6 +39,7 @@ from .signers import (
     open_keys,
     open_signer,
 )
+from .webhooks import verify_webhook
 
 __all__ = [
     "AgentCertificate",
@@ -70,10 +72,12 @@ __all__ = [
     "SignerUnavailableError",
     "SpendLimitError",
     "UnknownCertificateError",
+    "WebhookVerificationError",
     "bind_agent_session",
     "compute_model_hash",
     "flush_attempts",
     "normalize_serial",
     "open_keys",
     "open_signer",
+    "verify_webhook",
 ]

@@ -18,6 +18,7 @@ import re
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from cryptography import x509
 
     from .ledger import Report, TreeHead
+    from .ledger.worker import Metrics
+    from .webhooks import SecretKeys
 
 
 @contextlib.contextmanager
@@ -425,11 +428,44 @@ def health(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+@contextlib.contextmanager
+def _delivering(
+    options: argparse.Namespace, keys: SecretKeys | None, metrics: Metrics, stop: Callable[[], None]
+) -> Iterator[None]:
+    """Webhooks are delivered meanwhile, where there is a key. What ends that ends the worker."""
+    if keys is None:
+        yield
+        return
+    from .webhooks.deliverer import Deliverer  # noqa: PLC0415
+
+    deliverer = Deliverer(options.dsn, keys, allowed=options.allow_private_webhooks, metrics=metrics)
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            deliverer.run()
+        except Exception as error:
+            failed.append(error)
+            stop()
+
+    thread = threading.Thread(target=run, name="webhooks")
+    thread.start()
+    try:
+        yield
+    finally:
+        deliverer.stop()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
 def worker(options: argparse.Namespace) -> int:
     from .ledger import open_witness  # noqa: PLC0415
     from .ledger.worker import JSONFormatter, Metrics, Settings, TextFormatter, Worker  # noqa: PLC0415
     from .signers import open_keys  # noqa: PLC0415
+    from .webhook_commands import secret_keys  # noqa: PLC0415
 
+    webhook_keys = secret_keys(options)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter() if options.log_format == "json" else TextFormatter())
     logger = logging.getLogger("kakunin_db.worker")
@@ -467,7 +503,8 @@ def worker(options: argparse.Namespace) -> int:
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        work.run()
+        with _delivering(options, webhook_keys, metrics, work.stop):
+            work.run()
     finally:
         for each, was in before.items():
             signal.signal(each, was)

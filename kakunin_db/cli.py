@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import audit_commands, commands
+from . import audit_commands, commands, webhook_commands
 from .errors import BadInputError, KakuninError
 
 # Server states whose own message does not say what to do.
@@ -32,6 +32,12 @@ _WITHOUT_KIT = dict.fromkeys(
 _REASONS = (
     "unspecified", "keyCompromise", "cACompromise", "affiliationChanged", "superseded",
     "cessationOfOperation", "privilegeWithdrawn", "aACompromise",
+)  # fmt: skip
+
+
+_EVENTS = (
+    "certificate.issued", "certificate.revoked", "certificate.expired", "agent.high_risk", "agent.created",
+    "agent.suspended",
 )  # fmt: skip
 
 
@@ -94,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _other_commands(groups)
     _audit_commands(_group(groups, "audit", "the ledger: its key, its proofs, reading it out"))
     _worker_commands(groups)
+    _webhook_commands(_group(groups, "webhooks", "who is told what was decided"))
     demo = groups.add_parser("demo", help="start a Postgres, bind two agents, show who sees what")
     demo.set_defaults(run=_demo)
     return parser
@@ -485,6 +492,15 @@ def _worker_commands(groups: Any) -> None:
             help=f"{text}; default ${variable} or {default:g}",
         )
     _add_witness(command, "where tree heads are kept as well; repeatable")
+    _add_webhook_key(command, "; without one, this worker delivers no webhooks")
+    command.add_argument(
+        "--allow-private-webhooks",
+        metavar="NETWORKS",
+        type=_networks,
+        default=os.environ.get("KAKUNIN_ALLOW_PRIVATE_WEBHOOKS") or [],
+        help="networks that are not public and to which webhooks may be sent all the same, also without TLS,"
+        " as in 10.1.0.0/16,fd00::/8; default $KAKUNIN_ALLOW_PRIVATE_WEBHOOKS or none",
+    )
     command.add_argument(
         "--metrics",
         metavar="[HOST:]PORT",
@@ -505,6 +521,99 @@ def _worker_commands(groups: Any) -> None:
     )
     command.add_argument(
         "--max-lag", metavar="SECONDS", type=_seconds(0, 86400), default=30.0, help="default: %(default)g"
+    )
+
+
+def _webhook_commands(group: Any) -> None:
+    operator = "kakunin_operator"
+    command = _add(
+        group, "add", webhook_commands.add, "add an endpoint; its secret is shown this once", role=operator
+    )
+    command.add_argument("url", metavar="URL", type=_webhook_url)
+    command.add_argument(
+        "--events",
+        metavar="EVENT,...",
+        type=_events,
+        required=True,
+        help=", ".join(_EVENTS),
+    )
+    _add_webhook_key(command)
+
+    _add(group, "list", webhook_commands.listing, "list the endpoints", role=operator)
+
+    for name, do, text in (
+        ("remove", webhook_commands.remove, "take an endpoint away, and what it had still to get"),
+        ("disable", webhook_commands.disable, "send an endpoint nothing until enable"),
+        ("enable", webhook_commands.enable, "let an endpoint that was disabled go on"),
+    ):
+        _add_endpoint(_add(group, name, do, text, role=operator))
+
+    command = _add(
+        group,
+        "rotate",
+        webhook_commands.rotate,
+        "give an endpoint another secret, shown this once",
+        role=operator,
+    )
+    _add_endpoint(command)
+    command.add_argument(
+        "--overlap",
+        type=_overlap,
+        default=dt.timedelta(days=1),
+        help="how long the present secret signs as well: 30m, 1h, 7d; default 1d",
+    )
+    _add_webhook_key(command)
+
+    command = _add(
+        group,
+        "deliveries",
+        webhook_commands.deliveries,
+        "list deliveries, the newest first",
+        role=operator,
+    )
+    command.add_argument("--endpoint", metavar="ENDPOINT_ID", type=_endpoint_id)
+    command.add_argument("--state", choices=("pending", "delivered", "dead"))
+    command.add_argument(
+        "--limit", metavar="N", type=_number(1, 1_000_000), default=50, help="default: %(default)s"
+    )
+
+    command = _add(
+        group,
+        "replay",
+        webhook_commands.replay,
+        "send again: a message, or all that an endpoint did not get",
+        role=operator,
+    )
+    command.add_argument("--message", metavar="MESSAGE_ID", type=_text(100))
+    command.add_argument("--endpoint", metavar="ENDPOINT_ID", type=_endpoint_id)
+
+    command = _add(
+        group,
+        "test",
+        webhook_commands.test,
+        "send an endpoint a message of type webhook.test; exit status 1 if it is not delivered",
+        role=operator,
+    )
+    _add_endpoint(command)
+    command.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=_seconds(0, 3600),
+        default=15.0,
+        help="how long to wait for the worker; default: %(default)g",
+    )
+
+
+def _add_endpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("endpoint_id", metavar="ENDPOINT_ID", type=_endpoint_id)
+
+
+def _add_webhook_key(command: argparse.ArgumentParser, text: str = "") -> None:
+    command.add_argument(
+        "--webhook-key",
+        metavar="FILE",
+        help="what endpoints' secrets are encrypted under: the base64 of 32 bytes (openssl rand -base64 32);"
+        f" more lines hold earlier keys. Default: what $KAKUNIN_WEBHOOK_KEY holds{text}",
     )
 
 
@@ -629,6 +738,35 @@ def _agent_id(text: str) -> uuid.UUID:
         return uuid.UUID(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError("an agent id is a UUID. kakunin-db agent list has them") from error
+
+
+def _endpoint_id(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            "an endpoint id is a UUID. kakunin-db webhooks list has them"
+        ) from error
+
+
+def _events(text: str) -> list[str]:
+    events = [event.strip() for event in text.split(",")]
+    if unknown := [event for event in events if event not in _EVENTS]:
+        raise argparse.ArgumentTypeError(f"no event {unknown[0]!r}; there are {', '.join(_EVENTS)}")
+    return events
+
+
+def _webhook_url(text: str) -> str:
+    from .webhooks.sending import Target  # noqa: PLC0415
+
+    _checked(Target, text)
+    return text
+
+
+def _networks(text: str) -> Any:
+    from .webhooks.sending import parse_networks  # noqa: PLC0415
+
+    return _checked(parse_networks, text)
 
 
 def _key_id(text: str) -> str:

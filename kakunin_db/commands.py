@@ -755,24 +755,15 @@ def crl(options: argparse.Namespace) -> int:
 # Seconds.
 _LONGEST_PAUSE = 30.0
 _LONGEST_RETRY = 60.0
-# libpq's, for those the DSN does not set: a server that is gone without a word is noticed.
-_LASTING = {
-    "connect_timeout": 10,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,  # milliseconds
-}
 
 
 def _watch(options: argparse.Namespace, file: _ListFile) -> int:
     """Signs what is due until SIGTERM or SIGINT. An error in the first round ends it, and none after that."""
     import psycopg  # noqa: PLC0415
-    from psycopg import conninfo  # noqa: PLC0415
 
-    given = {"connect_timeout": os.environ.get("PGCONNECT_TIMEOUT"), **conninfo.conninfo_to_dict(options.dsn)}
-    lasting = {name: value for name, value in _LASTING.items() if given.get(name) is None}
-    dsn = conninfo.make_conninfo(options.dsn, **lasting)
+    from .conninfo import lasting  # noqa: PLC0415
+
+    dsn = lasting(options.dsn, fallback_application_name="kakunin-db crl --watch")
     watcher = _Watcher(options, file)
 
     def stop(number: int, frame: object) -> None:
@@ -787,8 +778,7 @@ def _watch(options: argparse.Namespace, file: _ListFile) -> int:
         while True:
             rounds = watcher.rounds
             try:
-                name = "kakunin-db crl --watch"
-                with psycopg.connect(dsn, autocommit=True, fallback_application_name=name) as connection:
+                with psycopg.connect(dsn, autocommit=True) as connection:
                     watcher.watch(connection)
             except Exception as error:
                 if watcher.rounds == 0:

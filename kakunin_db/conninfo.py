@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 import psycopg
@@ -29,6 +30,6 @@ def dsn_of(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -
 def lasting(dsn: str, **more: Any) -> str:
     """The DSN with LASTING and ``more``, where it says nothing of its own. Raises psycopg.ProgrammingError:
     it is not a DSN."""
-    given = conninfo.conninfo_to_dict(dsn)
+    given = {"connect_timeout": os.environ.get("PGCONNECT_TIMEOUT"), **conninfo.conninfo_to_dict(dsn)}
     missing = {name: value for name, value in {**LASTING, **more}.items() if given.get(name) is None}
     return conninfo.make_conninfo(dsn, **missing)

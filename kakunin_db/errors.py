@@ -92,6 +92,10 @@ class PolicyViolationError(KakuninError):
     sqlstate = "42501"
 
 
+class WebhookVerificationError(KakuninError):
+    """A received webhook is not signed with its endpoint's secret, too old, or malformed. No SQLSTATE."""
+
+
 class SignerError(KakuninError):
     """A key cannot sign: denied, disabled, not found, of another kind, or another key signed. No SQLSTATE."""
 

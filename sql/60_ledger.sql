@@ -312,12 +312,17 @@ comment on function kakunin_private.append(text, uuid, text, text, text, uuid) i
 create function kakunin_private.record(p_event_type text, p_agent_id uuid, p_metadata jsonb) returns void
 language plpgsql volatile parallel unsafe
 as $$
-begin
-  perform kakunin_private.append(
+declare
+  v_entry constant jsonb := kakunin_private.append(
     p_event_type, p_agent_id, null, null, p_metadata::text, '00000000-0000-0000-0000-000000000000');
+begin
+  if p_event_type collate "C" = any (kakunin_private.webhook_events()) then
+    perform kakunin_private.queue_webhook(p_event_type, p_agent_id, p_metadata, v_entry, null);
+  end if;
 end
 $$;
-comment on function kakunin_private.record(text, uuid, jsonb) is 'Appends what was decided, and about which agent, to a chain that no agent can hold';
+comment on function kakunin_private.record(text, uuid, jsonb) is
+  'Appends what was decided, and about which agent, to a chain that no agent can hold, and tells the webhooks that want to know';
 
 -- What reads JSON stops at some depth: jq at 256, others at a thousand. Looked at only where there are brackets enough.
 create function kakunin_private.is_too_deep(p_value jsonb) returns boolean

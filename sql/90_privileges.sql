@@ -73,6 +73,18 @@ grant execute on function
   kakunin.register_ledger_key(bytea), kakunin.revoke_ledger_key(text, text), kakunin.archive_partition(name)
   to kakunin_operator;
 
+-- The worker delivers webhooks, and has their secrets encrypted. What is sent to whom is the operator's to see.
+grant execute on function
+  kakunin.expire_certificates(integer), kakunin.claim_webhooks(interval),
+  kakunin.report_webhook(text, uuid, integer, integer, text), kakunin.clean_webhooks()
+  to kakunin_worker;
+grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.add_webhook(uuid, text, text[], bytea), kakunin.enable_webhook(uuid, boolean), kakunin.remove_webhook(uuid),
+  kakunin.rotate_webhook(uuid, bytea, interval), kakunin.test_webhook(uuid), kakunin.replay_webhooks(text, uuid)
+  to kakunin_operator;
+grant select on kakunin.webhook_endpoints, kakunin.webhook_deliveries to kakunin_operator;
+
 -- Proof is for whoever asks; what it is about, for the auditor, and an agent for its own.
 grant select on kakunin.ledger_keys, kakunin.tree_heads to
   kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;

@@ -87,6 +87,8 @@ def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
         "chains": {"kakunin_auditor"},
         "ledger_keys": ROLES,
         "tree_heads": ROLES,
+        "webhook_endpoints": {"kakunin_operator"},
+        "webhook_deliveries": {"kakunin_operator"},
     }
     assert set(catalog(granted)) == {f"{view} {role} SELECT" for view in views for role in views[view]}
     columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
@@ -403,7 +405,8 @@ SHADOWED_TABLES = [
     "pg_roles", "pg_class", "pg_policy", "pg_inherits", "pg_attribute", "pg_type", "pg_index", "agents",
     "certificates", "session_keys", "installation", "gateway_logins", "used_assertions", "pg_trigger",
     "ledger", "chains", "sleeper", "partitions", "tree", "tree_nodes", "tree_heads", "ledger_keys", "batches",
-    "leader", "exports", "kakunin_rows",
+    "leader", "exports", "kakunin_rows", "webhook_endpoints", "webhook_messages", "webhook_deliveries",
+    "expirations", "expiry_sweep",
 ]  # fmt: skip
 # Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
 EXACT = [
@@ -557,6 +560,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
     size = database.value("worker", "select tree_size from kakunin.tree_heads")
     ledger_key = authority.issue_ledger_key(database.installation_id, ledger_signer().public_key())
     ledger_der = ledger_key.public_bytes(serialization.Encoding.DER)
+    hook, secret = agent.agent_id, bytes(60)
     return {
         "gateway": [
             ("select kakunin.bind_serial(%s)", [agent.serial]),
@@ -593,8 +597,22 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
             ("select kakunin.make_partitions('4 months')", []),
             ("select kakunin.archive_partition('ledger_200001')", []),
+            ("select kakunin.add_webhook(%s, 'https://a.test/x?y', '{agent.created}', %s)", [hook, secret]),
+            ("select kakunin.add_webhook(%s, 'ftp://a.test', '{agent.created}', %s)", [hook, secret]),
+            ("select kakunin.rotate_webhook(%s, %s, '1 hour')", [hook, secret]),
+            ("select kakunin.test_webhook(%s) is null", [hook]),
+            ("select kakunin.replay_webhooks(endpoint_id => %s)", [hook]),
+            ("select kakunin.enable_webhook(%s, false)", [hook]),
+            ("select endpoint_id, pending from kakunin.webhook_endpoints", []),
+            ("select endpoint_id, state from kakunin.webhook_deliveries", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.webhook_status())", []),
+            ("select kakunin.remove_webhook(%s)", [hook]),
         ],
         "worker": [
+            ("select kakunin.expire_certificates(10)", []),
+            ("select pg_catalog.count(*) from kakunin.claim_webhooks()", []),
+            ("select kakunin.report_webhook('m', %s, 1, 200)", [agent.agent_id]),
+            ("select kakunin.clean_webhooks()", []),
             ("select kakunin.lead_ledger(%s, 'w')", [agent.agent_id]),
             ("select kakunin.seal_ledger(2)", []),
             ("select kakunin.seal_ledger()", []),

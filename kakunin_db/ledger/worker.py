@@ -49,6 +49,8 @@ _LONGEST_RECONNECT = 5.0  # a failover takes no longer for being waited for
 _SHORTEST_PAUSE = 0.05
 _STATUS_EVERY = 5.0
 _PARTITIONS_EVERY = 3600.0
+_EXPIRIES_EVERY = 30.0
+_MOST_EXPIRIES = 1000
 
 _log = logging.getLogger("kakunin_db.worker")
 
@@ -116,6 +118,9 @@ _GAUGES = {
     "kakunin_worker_leader": "1 where this worker leads",
     "kakunin_worker_connected": "1 while it is connected to the database",
     "kakunin_worker_last_signature_timestamp_seconds": "When it last published a tree head",
+    "kakunin_webhooks_pending": "Webhooks that enabled endpoints have still to get",
+    "kakunin_webhooks_oldest_pending_seconds": "Age of the oldest of them",
+    "kakunin_webhooks_dead": "Webhooks that were given up",
 }
 _COUNTERS = {
     "kakunin_worker_signatures": "Tree heads signed and published",
@@ -123,8 +128,11 @@ _COUNTERS = {
     "kakunin_worker_rounds": "Times it looked for entries",
     "kakunin_worker_witnessed": "Tree heads kept by a witness",
     "kakunin_worker_revoked_agents": "Agents revoked because their risk became critical",
+    "kakunin_worker_expired_certificates": "Certificates whose expiry it put on record",
+    "kakunin_webhooks_delivered": "Webhooks delivered by this worker",
+    "kakunin_webhooks_failed_attempts": "Attempts of this worker to deliver that failed",
 }
-_ERRORS = ("database", "signer", "integrity", "witness", "risk")
+_ERRORS = ("database", "signer", "integrity", "witness", "risk", "webhooks")
 
 
 class _Signed(NamedTuple):
@@ -176,6 +184,7 @@ class Worker:
         self._leading = False
         self._until = 0.0
         self._partitions_at = 0.0
+        self._expiries_at = 0.0
         self._status_at = 0.0
         self._retry = 0.0
         self._not_before = 0.0
@@ -316,6 +325,8 @@ class Worker:
         if time.monotonic() >= self._partitions_at:
             self._make_partitions(connection)
         self._settle(connection)
+        if time.monotonic() >= self._expiries_at:
+            self._expire(connection)
         try:
             while self._seal(connection) == self._settings.batch and not self._stopping:
                 self._lead(connection)
@@ -497,7 +508,7 @@ class Worker:
             self._witnessed[at] = (now + self._settings.witness_every, head)
 
     def _settle(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
-        """Revokes the certificates of agents that their own score has stopped; before sealing, to be in it."""
+        """Revokes the certificates of agents that their own score has stopped."""
         try:
             count = self._value(connection, "select kakunin.settle_risk()")
         except psycopg.Error as error:
@@ -520,6 +531,12 @@ class Worker:
             return
         if made:
             _say(logging.INFO, "partitions", "made partitions", names=made)
+
+    def _expire(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        count = self._value(connection, "select kakunin.expire_certificates(%s)", _MOST_EXPIRIES)
+        self.metrics.counters["kakunin_worker_expired_certificates"] += count
+        if count < _MOST_EXPIRIES:  # otherwise more of them in the next round
+            self._expiries_at = time.monotonic() + _EXPIRIES_EVERY
 
     def _status(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         if time.monotonic() < self._status_at:

@@ -988,8 +988,9 @@ create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at tim
 language plpgsql stable parallel safe
 as $$
 begin
-  return kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
-    or kakunin_private.is_stopped('risk ' || p_agent_id)
+  -- First the one that settle() replaces by the others: between two looks it may do so.
+  return kakunin_private.is_stopped('risk ' || p_agent_id)
+    or kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
     or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
 end
 $$;
@@ -2439,7 +2440,7 @@ begin
   update kakunin_private.agents a
      set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1
    where a.agent_id = reinstate_agent.agent_id;
-  execute format('drop domain if exists kakunin_private.%I, kakunin_private.%I', reinstate_agent.agent_id, 'risk ' || reinstate_agent.agent_id);
+  execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
   perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end
@@ -3212,7 +3213,7 @@ create table kakunin_private.chains (
   head     bytea not null,  -- no checks here: they are parsed anew by every append
   -- What the events appended to it add to the risk of their agent: 62_risk.sql.
   risk_epoch    integer not null default 0,
-  risk_at       timestamptz not null default '-infinity',
+  risk_at       timestamptz not null default 'epoch',  -- not infinity, which 15 and 16 cannot subtract
   hard          double precision not null default 0,
   soft          double precision not null default 0,
   drift         double precision not null default 0,
@@ -3496,12 +3497,17 @@ comment on function kakunin_private.append(text, uuid, text, text, text, uuid) i
 create function kakunin_private.record(p_event_type text, p_agent_id uuid, p_metadata jsonb) returns void
 language plpgsql volatile parallel unsafe
 as $$
-begin
-  perform kakunin_private.append(
+declare
+  v_entry constant jsonb := kakunin_private.append(
     p_event_type, p_agent_id, null, null, p_metadata::text, '00000000-0000-0000-0000-000000000000');
+begin
+  if p_event_type collate "C" = any (kakunin_private.webhook_events()) then
+    perform kakunin_private.queue_webhook(p_event_type, p_agent_id, p_metadata, v_entry, null);
+  end if;
 end
 $$;
-comment on function kakunin_private.record(text, uuid, jsonb) is 'Appends what was decided, and about which agent, to a chain that no agent can hold';
+comment on function kakunin_private.record(text, uuid, jsonb) is
+  'Appends what was decided, and about which agent, to a chain that no agent can hold, and tells the webhooks that want to know';
 
 -- What reads JSON stops at some depth: jq at 256, others at a thousand. Looked at only where there are brackets enough.
 create function kakunin_private.is_too_deep(p_value jsonb) returns boolean
@@ -3637,8 +3643,8 @@ do $$ begin perform kakunin.make_partitions(); end $$;
 -- stay open for as long as the agent likes, and the operator who halts it meanwhile must not wait. settle_risk() turns the stop into
 -- a suspension and revocations like an operator's, for revocation lists and for whoever asks later.
 --
--- Whether it counts is decided with the agent's clock out of it: an event is scored at the moment it is recorded. One said to
--- have occurred earlier goes to the hour it is of, and there it is counted apart: a baseline is not moved by hindsight.
+-- Whether it counts is decided with the agent's clock out of it: an event is scored, and counted, at the moment it is recorded. One
+-- said to have occurred earlier is also counted in the hour it is of, but apart: a baseline is not moved by hindsight, nor avoided.
 
 create table kakunin_private.risk_settings (
   only_row        boolean primary key default true check (only_row),
@@ -3690,7 +3696,7 @@ create table kakunin_private.risk_hours (
 create index risk_hours_hour on kakunin_private.risk_hours (hour);
 comment on table kakunin_private.risk_hours is
   'What each agent did, by hour; the present hour is in its chains. Kept for 60 days';
-comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it; "events" has the others';
+comment on column kakunin_private.risk_hours.late is 'Events said to be of this hour that were recorded after it, and are among the "events" of the hour they were recorded in';
 comment on column kakunin_private.risk_hours.excess is 'The sum of -ln(1 - e), for the contribution of a type to the score';
 comment on column kakunin_private.risk_hours.log_sum is 'Sum of the natural logarithms of amounts, and log_square of their squares';
 
@@ -3737,12 +3743,13 @@ return power(0.5, least(greatest(extract(epoch from p_now - p_at)::double precis
   / extract(epoch from p_half_life)::double precision, 1000));
 comment on function kakunin_private.faded(timestamptz, timestamptz, interval) is 'What is left of one after so long';
 
--- The one definition of an agent's score, from what its chains sum up to.
+-- The one definition of an agent's score, from what its chains sum up to. Postgres raises what is too small for a number, so
+-- exponents, and factors below, are kept from it: an agent whose score could not be worked out would fail settle_risk() for all.
 create function kakunin_private.agent_score(
   p_hard double precision, p_soft double precision, p_drift double precision, p_factor double precision, p_limit double precision
 ) returns double precision
 language sql immutable parallel safe
-return 1 - exp(-p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))));
+return 1 - exp(-least(p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))), 700));
 comment on function kakunin_private.agent_score(double precision, double precision, double precision, double precision, double precision) is
   'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
 
@@ -3773,15 +3780,15 @@ create function kakunin_private.violations(
 language sql immutable parallel safe
 begin atomic
   select l.violation, l.ratio, l.reason
-    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', p_amount, p_scope ->> 'max_single_trade_usd')
+    from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', left(p_amount::text, 40), left(p_scope ->> 'max_single_trade_usd', 40))
             from (select kakunin_private.number_in(p_scope, 'max_single_trade_usd')) m(value)
            where p_scope ? 'max_single_trade_usd' and p_amount > coalesce(m.value, 0)
           union all
-          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', p_spent + p_amount, p_scope ->> 'max_daily_usd')
+          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', left((p_spent + p_amount)::text, 40), left(p_scope ->> 'max_daily_usd', 40))
             from (select kakunin_private.number_in(p_scope, 'max_daily_usd')) m(value)
            where p_scope ? 'max_daily_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
           union all
-          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', p_leverage, p_scope ->> 'max_leverage')
+          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', left(p_leverage::text, 40), left(p_scope ->> 'max_leverage', 40))
             from (select kakunin_private.number_in(p_scope, 'max_leverage')) m(value)
            where p_scope ? 'max_leverage' and p_leverage > coalesce(m.value, 0)
           union all
@@ -3852,7 +3859,7 @@ comment on function kakunin_private.risk_drift(uuid, timestamptz) is
 
 -- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
 create function kakunin_private.roll(p_chain kakunin_private.chains, p_hour timestamptz) returns kakunin_private.chains
-language plpgsql volatile parallel unsafe
+language plpgsql volatile parallel unsafe set timezone = 'UTC'  -- how long 30 days are is not up to the session
 as $$
 declare
   c_from   constant timestamptz := p_hour - interval '30 days';
@@ -3932,6 +3939,7 @@ declare
   v_hard       double precision;
   v_score      double precision;
   v_part       double precision;
+  v_off        double precision;
   v_fade       double precision;
   v_total      double precision;
   v_other_hard double precision := 0::double precision;
@@ -4080,10 +4088,11 @@ begin
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
     -- Welford's, with what is older than some thousand events fading.
+    v_off := case when abs(v_log - p_chain.amount_mean) > 1e-9 then v_log - p_chain.amount_mean else 0 end;
     p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
-    p_chain.amount_square := p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
-      + (v_log - p_chain.amount_mean) ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n;
-    p_chain.amount_mean := p_chain.amount_mean + (v_log - p_chain.amount_mean) / p_chain.amount_n;
+    p_chain.amount_square := greatest(p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
+      + v_off ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n, 1e-9);
+    p_chain.amount_mean := p_chain.amount_mean + v_off / p_chain.amount_n;
   end if;
   if v_rows > 0 then
     v_part := ln(v_rows)::double precision;
@@ -4092,10 +4101,11 @@ begin
         v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square))::numeric, 3));
       v_score := 1 - (1 - v_score) * (1 - v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square));
     end if;
+    v_off := case when abs(v_part - p_chain.rows_mean) > 1e-9 then v_part - p_chain.rows_mean else 0 end;
     p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
-    p_chain.rows_square := p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-      + (v_part - p_chain.rows_mean) ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n;
-    p_chain.rows_mean := p_chain.rows_mean + (v_part - p_chain.rows_mean) / p_chain.rows_n;
+    p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
+      + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
+    p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
   end if;
   if v_hard < v_set.critical then
     v_score := greatest(v_hard, least(v_score, v_set.critical - 0.01));
@@ -4104,14 +4114,15 @@ begin
   -- The agent's.
   v_fade := kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
   p_chain.risk_at := greatest(p_chain.risk_at, p_recorded_at);
-  p_chain.hard := p_chain.hard * v_fade + kakunin_private.excess(v_hard);
-  p_chain.soft := p_chain.soft * v_fade
+  p_chain.hard := case when p_chain.hard > 1e-6 then p_chain.hard * v_fade else 0 end + kakunin_private.excess(v_hard);
+  p_chain.soft := case when p_chain.soft > 1e-6 then p_chain.soft * v_fade else 0 end
     + greatest(kakunin_private.excess(v_score) - kakunin_private.excess(v_hard) - p_chain.hour_soft, 0);
   p_chain.hour_soft := greatest(p_chain.hour_soft, kakunin_private.excess(v_score) - kakunin_private.excess(v_hard));
   v_total := kakunin_private.agent_score(
     v_other_hard + p_chain.hard, v_other_soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
 
-  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared.
+  -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared. As numeric, because
+  -- the digits that a double precision has in JSON are up to the session (extra_float_digits).
   v_counts := coalesce(p_chain.counts -> v_type, '[0,0,0,0,0,0]');
   if p_occurred_at < v_hour then
     insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, late)
@@ -4120,10 +4131,10 @@ begin
   end if;
   p_chain.hour_events := p_chain.hour_events + 1;
   p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
-    (v_counts -> 0)::bigint + case when p_occurred_at < v_hour then 0 else 1 end,
-    (v_counts -> 1)::double precision + kakunin_private.excess(v_score),
+    (v_counts -> 0)::bigint + 1,
+    ((v_counts -> 1)::double precision + kakunin_private.excess(v_score))::numeric,
     (v_counts -> 2)::bigint + case when v_log is null then 0 else 1 end, (v_counts -> 3)::numeric + coalesce(v_amount, 0),
-    (v_counts -> 4)::double precision + coalesce(v_log, 0), (v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0)));
+    ((v_counts -> 4)::double precision + coalesce(v_log, 0))::numeric, ((v_counts -> 5)::double precision + coalesce(v_log ^ 2, 0))::numeric));
 
   v_risk := jsonb_build_object('score', round(v_score::numeric, 4), 'band', kakunin_private.risk_band(v_score, v_set), 'factors', v_factors,
     'agent_score', round(v_total::numeric, 4), 'agent_band', kakunin_private.risk_band(v_total, v_set));
@@ -4148,7 +4159,8 @@ as $$
 declare
   v_known constant jsonb := p_risk || jsonb_build_object('serial', p_serial);
 begin
-  if not p_chain.alerted then
+  if not p_chain.alerted and not exists (
+    select from kakunin_private.risk_reviews r where r.agent_id = p_chain.agent_id and r.decided_at is null) then
     insert into kakunin_private.risk_reviews (agent_id, raised_at, score, factors)
     values (p_chain.agent_id, kakunin_private.clock(), (p_risk ->> 'agent_score')::double precision, p_risk);
     perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
@@ -4168,7 +4180,7 @@ begin
 end
 $$;
 comment on function kakunin_private.react(kakunin_private.chains, text, jsonb, boolean) is
-  'What follows from a high score: a revocation check and an alert once, and at a critical one the stop';
+  'What follows from a high score: a revocation check and an alert, unless one waits to be decided, and at a critical one the stop';
 
 -- An agent's score -----------------------------------------------------------------------------------
 
@@ -4328,19 +4340,23 @@ create table kakunin_private.spending (
 );
 comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC)';
 
-create function kakunin_private.refused(p_observe boolean, p_agent_id uuid, p_code text, p_message text, p_hint text) returns boolean
+create function kakunin_private.refused(
+  p_observe boolean, p_agent_id uuid, p_serial text, p_code text, p_message text, p_hint text
+) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 begin
   if p_observe or (select s.mode = 'observe' from kakunin_private.risk_settings s) then
     raise warning using message = 'observed, and would be refused: ' || p_message;
-    perform kakunin_private.record('policy.observed', p_agent_id, jsonb_build_object('code', p_code, 'reason', p_message));
+    -- In a chain of the agent's: as a decision, each of its transactions above READ COMMITTED would begin another chain of those.
+    perform kakunin_private.append(
+      'policy.observed', p_agent_id, p_serial, null, jsonb_build_object('code', p_code, 'reason', p_message)::text, p_agent_id);
     return true;
   end if;
   raise exception using errcode = p_code, message = p_message, hint = p_hint;
 end
 $$;
-comment on function kakunin_private.refused(boolean, uuid, text, text, text) is
+comment on function kakunin_private.refused(boolean, uuid, text, text, text, text) is
   'Raises, or in observe mode records that it would have, and says true';
 
 create function kakunin.require_spend(
@@ -4358,8 +4374,8 @@ begin
   select c.agent_id, coalesce(c.financial_scope, '{}') as scope into v_bound from kakunin_private.certificates c where c.serial = v_serial;
   if require_spend.amount_usd is null or not require_spend.amount_usd between 0 and 1e18
     or not coalesce(require_spend.leverage between 0 and 1e18, true) then
-    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
-      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(require_spend.amount_usd::text, 'NULL')),
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
+      format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(left(require_spend.amount_usd::text, 40), 'NULL')),
       'Give the amount in USD.');
   end if;
   if v_bound.scope ? 'max_daily_usd' then
@@ -4372,7 +4388,7 @@ begin
   select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
     v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
   if v_reason is not null then
-    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, 'KA009',
+    return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
       format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
   end if;
   return true;
@@ -4397,7 +4413,7 @@ begin
     from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_serial;
   v_risk := kakunin_private.risk_of(v_agent.agent_id);
   if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band) then
-    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, 'KA011',
+    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
   end if;
@@ -4474,25 +4490,30 @@ $$;
 comment on function kakunin.set_agent_risk(uuid, text, boolean, double precision) is
   'Exempts an agent from what its score would do, or has it judged more (above 1) or less severely. For kakunin_operator';
 
-create function kakunin_private.settle(p_agent_id uuid) returns boolean
+create function kakunin_private.settle(p_agent_id uuid, p_reason text default null) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_stop kakunin_private.risk_stops;
+  v_reason text := p_reason;
 begin
-  select * into v_stop from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
-  if not found then
-    return false;
+  if v_reason is null then
+    select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
+    if not found then
+      return false;
+    end if;
+    delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
+    -- Here, where its row was seen: a stop that commits while the agent is reinstated keeps its name.
+    execute format('drop domain if exists kakunin_private.%I', 'risk ' || p_agent_id);
   end if;
-  perform kakunin.suspend_agent(p_agent_id, v_stop.reason);
+  perform kakunin.suspend_agent(p_agent_id, v_reason);
   perform kakunin_private.revoke(
     array(select c.serial from kakunin_private.certificates c where c.agent_id = p_agent_id and c.not_after >= kakunin_private.clock()),
     'privilegeWithdrawn');
-  delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
   return true;
 end
 $$;
-comment on function kakunin_private.settle(uuid) is 'Suspends an agent that its score has stopped and revokes its certificates; false where there is no stop';
+comment on function kakunin_private.settle(uuid, text) is
+  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither';
 
 create function kakunin.settle_risk() returns integer
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -4502,23 +4523,26 @@ declare
   v_agent   record;
 begin
   perform kakunin_private.check_snapshot_is_fresh('settling risk');
-  -- What the transactions of an agent added side by side.
+  -- Those that are stopped, and what the transactions of an agent added side by side. Nothing is put into risk_stops: an
+  -- agent's open transaction may have its row there, and whoever adds another one waits for it.
   for v_agent in
+    select r.agent_id, null::double precision as score from kakunin_private.risk_stops r
+    union all
     select m.agent_id, r.score
       from (select c.agent_id
               from kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
-             where c.hard > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+             where c.hard + c.soft > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
+               and not exists (select from kakunin_private.risk_stops t where t.agent_id = c.agent_id)
              group by c.agent_id having count(*) > 1) m,
            lateral kakunin_private.risk_of(m.agent_id) r
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
+     order by agent_id
   loop
-    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
-    values (v_agent.agent_id, kakunin_private.clock(), format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)))
-    on conflict (agent_id) do nothing;
-    perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
-  end loop;
-  for v_agent in select r.agent_id from kakunin_private.risk_stops r order by r.agent_id loop
-    if kakunin_private.settle(v_agent.agent_id) then
+    if v_agent.score is not null then
+      perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+    end if;
+    if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
+      then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
     end if;
   end loop;
@@ -5531,6 +5555,499 @@ $$;
 comment on function kakunin.archive_partition(name) is
   'Takes a partition whose time has passed, and whose entries an exported, signed tree head covers, out of the ledger; returns how many entries it has. Its table stays, for the owner to move or drop. For kakunin_operator';
 
+-- Webhooks: telling other systems what was decided.
+--
+-- An operator names endpoints and the events each one wants. record() puts a message into the outbox, in the
+-- transaction that decides: what is rolled back is never told, and what is committed is told at least once. The worker
+-- claims what is due, sends it, and reports how that went. Claimed is leased: where a worker is killed between the
+-- sending and the report, the message is sent again when the lease ends, under the same id, by which its receiver
+-- knows it. What fails is tried ten times over three days, and is dead after that; replay_webhooks() sends it again.
+--
+-- In nobody's way. A halt only reads the endpoints and adds rows of its own: no foreign keys, whose checks wait for
+-- whoever holds an endpoint, and fail under SERIALIZABLE for a neighbour's sake; no notification; no row that others
+-- change. And what takes something away goes ahead of all else that an endpoint has still to get.
+--
+-- Secrets sign what is sent, and are here as ciphertext alone: AES-256-GCM under a key that the worker and the operator's
+-- command have and the database has not, over the key's bytes, with this installation's and the endpoint's
+-- id as associated data. A copy of a database that was made an installation of its own cannot read them, and so
+-- sends nothing to the receivers of the first.
+--
+-- certificate.expired is an event like the others, but nobody decides it: the worker asks expire_certificates()
+-- which certificates have expired since.
+
+create table kakunin_private.webhook_endpoints (
+  endpoint_id     uuid primary key,
+  url             text not null check (url collate "C" ~ '^https?://[!-~]+$' and octet_length(url) <= 1000),
+  event_types     text[] collate "C" not null check (cardinality(event_types) > 0),
+  secret          bytea not null check (octet_length(secret) between 52 and 92),
+  previous_secret bytea check (octet_length(previous_secret) between 52 and 92),
+  previous_until  timestamptz,
+  created_at      timestamptz not null,
+  created_by      name not null,
+  disabled_at     timestamptz,
+  check ((previous_secret is null) = (previous_until is null))
+);
+comment on table kakunin_private.webhook_endpoints is 'Who is told of what';
+comment on column kakunin_private.webhook_endpoints.secret is
+  'Nonce (12 bytes), ciphertext and tag (16 bytes) of 24 to 64 bytes, AES-256-GCM; the key is not in the database';
+comment on column kakunin_private.webhook_endpoints.previous_secret is 'The one before it, which signs as well until previous_until';
+
+create table kakunin_private.webhook_messages (
+  message_id text collate "C" primary key,
+  event_type text collate "C" not null,
+  payload    text not null,
+  created_at timestamptz not null
+);
+create index webhook_messages_created_at on kakunin_private.webhook_messages (created_at);
+comment on table kakunin_private.webhook_messages is 'The outbox: what is sent, byte for byte';
+
+create table kakunin_private.webhook_deliveries (
+  message_id      text collate "C" not null,
+  endpoint_id     uuid not null,
+  urgent          boolean not null,
+  state           text collate "C" not null default 'pending' check (state in ('pending', 'delivered', 'dead')),
+  attempts        integer not null default 0,
+  created_at      timestamptz not null,
+  next_attempt_at timestamptz not null,
+  leased_until    timestamptz,
+  last_attempt_at timestamptz,
+  last_status     integer,
+  last_error      text,
+  primary key (message_id, endpoint_id)
+);
+create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, urgent, next_attempt_at) where state = 'pending';
+create index webhook_deliveries_leased on kakunin_private.webhook_deliveries (endpoint_id, leased_until) where leased_until is not null;
+create index webhook_deliveries_dead on kakunin_private.webhook_deliveries (endpoint_id) where state = 'dead';
+comment on table kakunin_private.webhook_deliveries is 'How far each message is with each endpoint';
+comment on column kakunin_private.webhook_deliveries.urgent is 'Whether it is sent before others that are due';
+comment on column kakunin_private.webhook_deliveries.attempts is 'Counted when one begins, so that one that ends the worker counts as well';
+comment on column kakunin_private.webhook_deliveries.leased_until is 'Until when nobody else sends it; NULL where nobody does';
+
+create table kakunin_private.expirations (
+  serial    text collate "C" primary key,
+  not_after timestamptz not null
+);
+comment on table kakunin_private.expirations is
+  'Certificates whose expiry is on record, from a day before expiry_sweep on: a registration that was committed late is found still';
+
+create table kakunin_private.expiry_sweep (
+  only_row    boolean primary key default true check (only_row),
+  swept_until timestamptz not null default now()
+);
+insert into kakunin_private.expiry_sweep default values;
+comment on table kakunin_private.expiry_sweep is 'One row. Every expiry before it, but for those of its last day, is on record';
+create index certificates_not_after on kakunin_private.certificates (not_after);
+
+-- The outbox -----------------------------------------------------------------------------------------
+
+create function kakunin_private.webhook_events() returns text[]
+language sql immutable parallel safe
+return array['agent.created', 'agent.high_risk', 'agent.suspended',
+             'certificate.expired', 'certificate.issued', 'certificate.revoked'];
+comment on function kakunin_private.webhook_events() is 'The events an endpoint can have; names of the ledger';
+
+create function kakunin_private.queue_webhook(p_event_type text, p_agent_id uuid, p_metadata jsonb, p_entry jsonb, p_endpoint_id uuid) returns text
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_now        constant timestamptz := kakunin_private.clock();
+  v_message_id text collate "C";
+begin
+  with wanted as materialized (
+    select e.endpoint_id from kakunin_private.webhook_endpoints e
+     where e.disabled_at is null
+       and case when p_endpoint_id is null then p_event_type collate "C" = any (e.event_types) else e.endpoint_id = p_endpoint_id end
+  ), message as (
+    insert into kakunin_private.webhook_messages as m (message_id, event_type, payload, created_at)
+    select 'msg_' || translate(gen_random_uuid()::text, '-', ''), p_event_type,
+           concat('{"type":', to_json(p_event_type),
+             ',"timestamp":"', coalesce(p_entry ->> 'recorded_at', kakunin_private.rfc3339(v_now)), '","data":',
+             p_metadata || jsonb_build_object(
+               'installation', kakunin.installation_id(), 'event_id', p_entry -> 'event_id', 'agent_id', p_agent_id), '}'),
+           v_now
+     where exists (select from wanted)
+    returning m.message_id
+  ), queued as (
+    insert into kakunin_private.webhook_deliveries (message_id, endpoint_id, urgent, created_at, next_attempt_at)
+    select m.message_id, w.endpoint_id,
+           p_event_type collate "C" in ('agent.high_risk', 'agent.suspended', 'certificate.revoked'), v_now, v_now
+      from message m, wanted w
+  )
+  select m.message_id into v_message_id from message m;
+  return v_message_id;
+end
+$$;
+comment on function kakunin_private.queue_webhook(text, uuid, jsonb, jsonb, uuid) is
+  'Puts a message into the outbox for the enabled endpoints that want it, or for this one; returns its id, NULL where nobody does. Waits for nobody';
+
+create function kakunin.expire_certificates(max_certificates integer default 1000) returns integer
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now         constant timestamptz := kakunin_private.clock();
+  v_from        timestamptz;
+  v_until       timestamptz;
+  v_certificate record;
+  v_count       integer := 0;
+begin
+  if coalesce(expire_certificates.max_certificates not between 1 and 10000, true) then
+    raise exception using errcode = 'KA010', message = 'expiries are recorded 1 to 10000 at a time';
+  end if;
+  perform kakunin_private.check_snapshot_is_fresh('recording expiries');
+  -- One at a time, and no certificate's row is touched: a revocation would wait for it.
+  select s.swept_until into v_from from kakunin_private.expiry_sweep s for update skip locked;
+  if not found then
+    return 0;
+  end if;
+  for v_certificate in
+    select c.serial, c.agent_id, c.not_after from kakunin_private.certificates c
+     where c.not_after >= v_from - interval '24 hours' and c.not_after < v_now
+       and coalesce(c.revoked_at > c.not_after, true)
+       and not exists (select from kakunin_private.expirations x where x.serial = c.serial)
+     order by c.not_after
+     limit expire_certificates.max_certificates
+  loop
+    insert into kakunin_private.expirations (serial, not_after) values (v_certificate.serial, v_certificate.not_after);
+    perform kakunin_private.record('certificate.expired', v_certificate.agent_id, jsonb_build_object(
+      'serial', v_certificate.serial, 'not_after', kakunin_private.rfc3339(v_certificate.not_after)));
+    v_until := v_certificate.not_after;
+    v_count := v_count + 1;
+  end loop;
+  v_until := greatest(v_from, case when v_count < expire_certificates.max_certificates then v_now else v_until end);
+  update kakunin_private.expiry_sweep s set swept_until = v_until where s.only_row;
+  delete from kakunin_private.expirations x where x.not_after < v_until - interval '24 hours';
+  return v_count;
+end
+$$;
+comment on function kakunin.expire_certificates(integer) is
+  'Records certificate.expired once for each certificate that has expired and was not revoked before; returns how many. The worker calls it. For kakunin_worker';
+
+-- Delivering -----------------------------------------------------------------------------------------
+
+create function kakunin_private.webhook_delay(p_attempts integer) returns interval
+language sql immutable parallel safe
+return (array['5 seconds', '5 minutes', '30 minutes', '2 hours', '5 hours', '10 hours', '14 hours', '20 hours', '24 hours']::interval[])[p_attempts];
+comment on function kakunin_private.webhook_delay(integer) is
+  'How long to wait after so many failed attempts, as Standard Webhooks advises; NULL after the last';
+
+create function kakunin.claim_webhooks(lease interval default '30 seconds')
+returns table (message_id text, endpoint_id uuid, attempt integer, url text, secrets bytea[], payload text)
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_at_once constant integer := 4;
+  v_now     constant timestamptz := kakunin_private.clock();
+begin
+  if coalesce(claim_webhooks.lease not between interval '1 second' and interval '10 minutes', true) then
+    raise exception using errcode = 'KA010', message = 'a delivery is leased for 1 second to 10 minutes';
+  end if;
+  -- A few for each endpoint: one that does not answer keeps no other waiting, and what is claimed is sent at once.
+  return query
+    with due as materialized (
+      select p.message_id, p.endpoint_id
+        from kakunin_private.webhook_endpoints e,
+             lateral (select d.message_id, d.endpoint_id from kakunin_private.webhook_deliveries d
+                       where d.endpoint_id = e.endpoint_id and d.state = 'pending' and d.next_attempt_at <= v_now
+                         and coalesce(d.leased_until <= v_now, true)
+                       order by d.urgent desc, d.next_attempt_at
+                       limit greatest(0, c_at_once - (
+                         select count(*) from kakunin_private.webhook_deliveries l
+                          where l.endpoint_id = e.endpoint_id and l.leased_until > v_now))
+                         for update of d skip locked) p
+       where e.disabled_at is null
+    ), claimed as (
+      update kakunin_private.webhook_deliveries d
+         set attempts = d.attempts + 1,
+             state = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null then 'pending' else 'dead' end,
+             leased_until = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null
+               then v_now + claim_webhooks.lease end,
+             last_attempt_at = v_now
+        from due u
+       where d.message_id = u.message_id and d.endpoint_id = u.endpoint_id
+      returning d.message_id, d.endpoint_id, d.attempts, d.state
+    )
+    select c.message_id, c.endpoint_id, c.attempts, e.url,
+           array[e.secret] || case when e.previous_until > v_now then array[e.previous_secret] else '{}' end,
+           m.payload
+      from claimed c
+      join kakunin_private.webhook_endpoints e on e.endpoint_id = c.endpoint_id
+      join kakunin_private.webhook_messages m on m.message_id = c.message_id
+     where c.state = 'pending';
+end
+$$;
+comment on function kakunin.claim_webhooks(interval) is
+  'Leases what is due, at most four deliveries at once to an endpoint, with the ciphertexts of the secrets to sign it with. For kakunin_worker';
+
+create function kakunin.report_webhook(message_id text, endpoint_id uuid, attempt integer, status integer default null, error text default null)
+returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now   constant timestamptz := kakunin_private.clock();
+  v_state text collate "C";
+begin
+  -- A failure of an attempt that has been overtaken says nothing; a success always counts.
+  update kakunin_private.webhook_deliveries d
+     set state = case when report_webhook.error is null then 'delivered'
+                      when kakunin_private.webhook_delay(d.attempts) is null then 'dead'
+                      else 'pending' end,
+         -- A fifth earlier or later, so that what failed together does not come back together.
+         next_attempt_at = v_now + coalesce(kakunin_private.webhook_delay(d.attempts), '0') * (0.8 + 0.4 * random()),
+         leased_until = null,
+         last_status = case when report_webhook.status between 100 and 599 then report_webhook.status end,
+         last_error = left(report_webhook.error, 200)
+   where d.message_id = report_webhook.message_id collate "C" and d.endpoint_id = report_webhook.endpoint_id
+     and (report_webhook.error is null and d.state <> 'delivered'
+          or d.state = 'pending' and d.attempts = report_webhook.attempt and d.leased_until is not null)
+  returning d.state into v_state;
+  return v_state;
+end
+$$;
+comment on function kakunin.report_webhook(text, uuid, integer, integer, text) is
+  'Records how an attempt went; no error is success. Returns delivered, pending (it is tried again) or dead; NULL where another attempt has overtaken it. For kakunin_worker';
+
+create function kakunin.clean_webhooks() returns integer
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_count integer;
+begin
+  with old as materialized (
+    select m.message_id from kakunin_private.webhook_messages m
+     where m.created_at < kakunin_private.clock() - interval '720 hours'
+       and not exists (select from kakunin_private.webhook_deliveries d
+                         join kakunin_private.webhook_endpoints e on e.endpoint_id = d.endpoint_id
+                        where d.message_id = m.message_id and d.state = 'pending' and e.disabled_at is null)
+     order by m.created_at
+     limit 1000
+       for update of m skip locked
+  ), done as (
+    delete from kakunin_private.webhook_deliveries d using old o where d.message_id = o.message_id
+  )
+  delete from kakunin_private.webhook_messages m using old o where m.message_id = o.message_id;
+  get diagnostics v_count = row_count;
+  return v_count;
+end
+$$;
+comment on function kakunin.clean_webhooks() is
+  'Deletes up to 1000 messages that are older than 30 days and that nobody is still to get; returns how many. The worker calls it. For kakunin_worker';
+
+create function kakunin.webhook_status() returns jsonb
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return (
+    select jsonb_build_object(
+             'endpoints', count(*),
+             'pending', coalesce(sum(d.pending), 0),
+             'dead', coalesce(sum(d.dead), 0),
+             'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(d.oldest)), 0))
+      from kakunin_private.webhook_endpoints e,
+           lateral (select (select count(*) from kakunin_private.webhook_deliveries p
+                             where p.endpoint_id = e.endpoint_id and p.state = 'pending') as pending,
+                           (select min(p.created_at) from kakunin_private.webhook_deliveries p
+                             where p.endpoint_id = e.endpoint_id and p.state = 'pending') as oldest,
+                           (select count(*) from kakunin_private.webhook_deliveries p
+                             where p.endpoint_id = e.endpoint_id and p.state = 'dead') as dead) d
+     where e.disabled_at is null);
+end
+$$;
+comment on function kakunin.webhook_status() is
+  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator, kakunin_auditor';
+
+-- Endpoints ------------------------------------------------------------------------------------------
+
+create function kakunin_private.check_webhook_secret(p_secret bytea) returns void
+language plpgsql immutable parallel safe
+as $$
+begin
+  if coalesce(octet_length(p_secret) not between 52 and 92, true) then
+    raise exception using errcode = 'KA010',
+      message = 'a webhook''s secret comes encrypted: 52 to 92 bytes',
+      hint = 'kakunin-db webhooks makes and encrypts it.';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_webhook_secret(bytea) is 'KA010 unless it has the size of an encrypted secret';
+
+create function kakunin_private.lock_webhook(p_endpoint_id uuid) returns kakunin_private.webhook_endpoints
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_endpoint kakunin_private.webhook_endpoints;
+begin
+  select * into v_endpoint from kakunin_private.webhook_endpoints e where e.endpoint_id = p_endpoint_id for update;
+  if not found then
+    raise exception using errcode = 'KA010',
+      message = format('no webhook endpoint %s', coalesce(p_endpoint_id::text, 'given')),
+      hint = 'kakunin-db webhooks list has them.';
+  end if;
+  return v_endpoint;
+end
+$$;
+comment on function kakunin_private.lock_webhook(uuid) is 'The endpoint, held until the transaction ends; KA010 when there is none';
+
+create function kakunin.add_webhook(endpoint_id uuid, url text, event_types text[], secret bytea) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  c_most constant integer := 32;
+  v_url  text collate "C" := add_webhook.url;
+begin
+  if add_webhook.endpoint_id is null then
+    raise exception using errcode = 'KA010', message = 'an endpoint''s id is needed: its secret is encrypted for it';
+  elsif v_url is null or octet_length(v_url) > 1000 or v_url !~ '^https?://([A-Za-z0-9._-]+|[[][0-9A-Fa-f:.]+[]])(:[0-9]{1,5})?([/?][!-~]*)?$'
+    or strpos(v_url, '#') > 0 then
+    raise exception using errcode = 'KA010',
+      message = 'a webhook''s URL is http or https, at most 1000 printable ASCII characters, without a user and without a fragment';
+  elsif coalesce(cardinality(add_webhook.event_types) not between 1 and 20, true)
+    or not (add_webhook.event_types collate "C") <@ kakunin_private.webhook_events() then
+    raise exception using errcode = 'KA010',
+      message = 'an endpoint wants one or more of ' || array_to_string(kakunin_private.webhook_events(), ', ');
+  end if;
+  perform kakunin_private.check_webhook_secret(add_webhook.secret);
+  -- Halts read the table, and are not kept by this.
+  lock table kakunin_private.webhook_endpoints in share row exclusive mode;
+  if (select count(*) from kakunin_private.webhook_endpoints e) >= c_most then
+    raise exception using errcode = 'KA010', message = format('there are %s endpoints already, and no more than that', c_most),
+      hint = 'kakunin-db webhooks remove takes one away.';
+  end if;
+  insert into kakunin_private.webhook_endpoints (endpoint_id, url, event_types, secret, created_at, created_by)
+  values (add_webhook.endpoint_id, v_url,
+          array(select distinct t from unnest(add_webhook.event_types) t order by t), add_webhook.secret, kakunin_private.clock(), session_user)
+  on conflict on constraint webhook_endpoints_pkey do nothing;
+  if not found then
+    raise exception using errcode = 'KA010', message = format('there is an endpoint %s already', add_webhook.endpoint_id);
+  end if;
+  -- Without its path, which may be what protects it.
+  perform kakunin_private.record('webhook.added', null, jsonb_build_object(
+    'endpoint_id', add_webhook.endpoint_id, 'origin', substring(v_url from '^https?://[^/?]+'), 'event_types', to_jsonb(add_webhook.event_types)));
+end
+$$;
+comment on function kakunin.add_webhook(uuid, text, text[], bytea) is
+  'Adds an endpoint: its id, URL, the events it wants, and its secret as kakunin-db has encrypted it for this id. For kakunin_operator';
+
+create function kakunin.enable_webhook(endpoint_id uuid, enabled boolean default true) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if enable_webhook.enabled is null then
+    raise exception using errcode = 'KA010', message = 'enabled must be true or false';
+  end if;
+  perform kakunin_private.lock_webhook(enable_webhook.endpoint_id);
+  update kakunin_private.webhook_endpoints e
+     set disabled_at = case when not enable_webhook.enabled then coalesce(e.disabled_at, kakunin_private.clock()) end
+   where e.endpoint_id = enable_webhook.endpoint_id;
+  perform kakunin_private.record(case when enable_webhook.enabled then 'webhook.enabled' else 'webhook.disabled' end, null,
+    jsonb_build_object('endpoint_id', enable_webhook.endpoint_id));
+end
+$$;
+comment on function kakunin.enable_webhook(uuid, boolean) is
+  'Enables or disables an endpoint. While it is disabled it gets no new messages, and what it had still to get waits. For kakunin_operator';
+
+create function kakunin.remove_webhook(endpoint_id uuid) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform kakunin_private.lock_webhook(remove_webhook.endpoint_id);
+  delete from kakunin_private.webhook_endpoints e where e.endpoint_id = remove_webhook.endpoint_id;
+  delete from kakunin_private.webhook_deliveries d where d.endpoint_id = remove_webhook.endpoint_id;
+  perform kakunin_private.record('webhook.removed', null, jsonb_build_object('endpoint_id', remove_webhook.endpoint_id));
+end
+$$;
+comment on function kakunin.remove_webhook(uuid) is 'Takes an endpoint away, and what it had still to get. For kakunin_operator';
+
+create function kakunin.rotate_webhook(endpoint_id uuid, secret bytea, overlap interval default '24 hours') returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_seconds constant numeric := extract(epoch from rotate_webhook.overlap);
+  v_until   timestamptz;
+begin
+  perform kakunin_private.check_webhook_secret(rotate_webhook.secret);
+  if coalesce(v_seconds not between 0 and 30 * 86400, true) then
+    raise exception using errcode = 'KA010', message = 'an overlap is 0 to 30 days';
+  end if;
+  perform kakunin_private.lock_webhook(rotate_webhook.endpoint_id);
+  if v_seconds > 0 then
+    v_until := kakunin_private.clock() + make_interval(secs => v_seconds::double precision);
+  end if;
+  update kakunin_private.webhook_endpoints e
+     set previous_secret = case when v_until is not null then e.secret end, previous_until = v_until,
+         secret = rotate_webhook.secret
+   where e.endpoint_id = rotate_webhook.endpoint_id;
+  perform kakunin_private.record('webhook.rotated', null, jsonb_build_object(
+    'endpoint_id', rotate_webhook.endpoint_id, 'previous_until', kakunin_private.rfc3339(v_until)));
+end
+$$;
+comment on function kakunin.rotate_webhook(uuid, bytea, interval) is
+  'Gives an endpoint another secret, encrypted; the one before it signs as well for so long (0 to 30 days). For kakunin_operator';
+
+create function kakunin.test_webhook(endpoint_id uuid) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if (kakunin_private.lock_webhook(test_webhook.endpoint_id)).disabled_at is not null then
+    raise exception using errcode = 'KA010', message = 'the endpoint is disabled', hint = 'kakunin-db webhooks enable lets it go on.';
+  end if;
+  return kakunin_private.queue_webhook('webhook.test', null, '{}', null, test_webhook.endpoint_id);
+end
+$$;
+comment on function kakunin.test_webhook(uuid) is
+  'Puts a message of type webhook.test into the outbox for this endpoint; returns its id. For kakunin_operator';
+
+create function kakunin.replay_webhooks(message_id text default null, endpoint_id uuid default null) returns integer
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now   constant timestamptz := kakunin_private.clock();
+  v_count integer;
+begin
+  if replay_webhooks.message_id is null and replay_webhooks.endpoint_id is null then
+    raise exception using errcode = 'KA010', message = 'say what to send again: a message, an endpoint, or a message to an endpoint';
+  end if;
+  with again as materialized (
+    select d.message_id, d.endpoint_id
+      from kakunin_private.webhook_deliveries d
+      join kakunin_private.webhook_endpoints e on e.endpoint_id = d.endpoint_id
+     where (replay_webhooks.message_id is null or d.message_id = replay_webhooks.message_id collate "C")
+       and (replay_webhooks.endpoint_id is null or d.endpoint_id = replay_webhooks.endpoint_id)
+       -- What was delivered is sent again only where it is named.
+       and (d.state <> 'delivered' or replay_webhooks.message_id is not null)
+       and coalesce(d.leased_until <= v_now, true)
+     order by d.created_at
+     limit 10000
+       for update of d skip locked
+  )
+  update kakunin_private.webhook_deliveries d
+     set state = 'pending', attempts = 0, next_attempt_at = v_now, leased_until = null
+    from again a
+   where d.message_id = a.message_id and d.endpoint_id = a.endpoint_id;
+  get diagnostics v_count = row_count;
+  if v_count > 0 then
+    perform kakunin_private.record('webhook.replayed', null, jsonb_build_object(
+      'message_id', left(replay_webhooks.message_id, 100), 'endpoint_id', replay_webhooks.endpoint_id, 'deliveries', v_count));
+  end if;
+  return v_count;
+end
+$$;
+comment on function kakunin.replay_webhooks(text, uuid) is
+  'Sends again, under the same id: a message, whatever became of it; or what an endpoint did not get, the dead and what waits for another attempt. Returns how many deliveries, at most 10000 at a time. For kakunin_operator';
+
+create view kakunin.webhook_endpoints with (security_barrier = true) as
+  select e.endpoint_id, e.url, e.event_types, e.created_at, e.created_by, e.disabled_at, e.previous_until,
+         (select count(*) from kakunin_private.webhook_deliveries d where d.endpoint_id = e.endpoint_id and d.state = 'pending') as pending,
+         (select count(*) from kakunin_private.webhook_deliveries d where d.endpoint_id = e.endpoint_id and d.state = 'dead') as dead
+    from kakunin_private.webhook_endpoints e;
+comment on view kakunin.webhook_endpoints is 'Endpoints of webhooks, without their secrets. For kakunin_operator';
+
+create view kakunin.webhook_deliveries with (security_barrier = true) as
+  select d.message_id, d.endpoint_id, m.event_type, d.state, d.attempts, d.created_at, d.last_attempt_at, d.last_status, d.last_error,
+         case when d.state = 'pending' then d.next_attempt_at end as next_attempt_at, m.payload
+    from kakunin_private.webhook_deliveries d
+    join kakunin_private.webhook_messages m on m.message_id = d.message_id;
+comment on view kakunin.webhook_deliveries is 'What was sent or is to be, to whom, and how that went. For kakunin_operator';
+
 -- Privileges: who may call what, all in one place.
 --
 -- PUBLIC may call nothing. What a role may call is named here and nowhere else; a function that is not
@@ -5605,6 +6122,18 @@ grant execute on function kakunin.ledger_status() to kakunin_worker, kakunin_ope
 grant execute on function
   kakunin.register_ledger_key(bytea), kakunin.revoke_ledger_key(text, text), kakunin.archive_partition(name)
   to kakunin_operator;
+
+-- The worker delivers webhooks, and has their secrets encrypted. What is sent to whom is the operator's to see.
+grant execute on function
+  kakunin.expire_certificates(integer), kakunin.claim_webhooks(interval),
+  kakunin.report_webhook(text, uuid, integer, integer, text), kakunin.clean_webhooks()
+  to kakunin_worker;
+grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.add_webhook(uuid, text, text[], bytea), kakunin.enable_webhook(uuid, boolean), kakunin.remove_webhook(uuid),
+  kakunin.rotate_webhook(uuid, bytea, interval), kakunin.test_webhook(uuid), kakunin.replay_webhooks(text, uuid)
+  to kakunin_operator;
+grant select on kakunin.webhook_endpoints, kakunin.webhook_deliveries to kakunin_operator;
 
 -- Proof is for whoever asks; what it is about, for the auditor, and an agent for its own.
 grant select on kakunin.ledger_keys, kakunin.tree_heads to
