@@ -771,8 +771,15 @@ begin
     on conflict (agent_id, day) do update set amount_usd = s.amount_usd + excluded.amount_usd
     returning s.amount_usd - require_spend.amount_usd into v_spent;
   end if;
-  select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
-    v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
+  -- A scope that names venues permits no trade that names none: the column may be NULL, or the policy have left it away.
+  select string_agg(v.reason, '; ') into v_reason from (
+    select r.reason from kakunin_private.violations(
+      v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) r
+    union all
+    select 'no venue is given, and permitted_venues is a limit' where require_spend.venue is null and v_bound.scope ? 'permitted_venues'
+    union all
+    select 'no instrument is given, and permitted_instruments is a limit'
+     where require_spend.instrument is null and v_bound.scope ? 'permitted_instruments') v;
   if v_reason is not null then
     return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
       format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
