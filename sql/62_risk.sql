@@ -771,8 +771,15 @@ begin
     on conflict (agent_id, day) do update set amount_usd = s.amount_usd + excluded.amount_usd
     returning s.amount_usd - require_spend.amount_usd into v_spent;
   end if;
-  select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
-    v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
+  -- A scope that names venues permits no trade that names none: the column may be NULL, or the policy have left it away.
+  select string_agg(v.reason, '; ') into v_reason from (
+    select r.reason from kakunin_private.violations(
+      v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) r
+    union all
+    select 'no venue is given, and permitted_venues is a limit' where require_spend.venue is null and v_bound.scope ? 'permitted_venues'
+    union all
+    select 'no instrument is given, and permitted_instruments is a limit'
+     where require_spend.instrument is null and v_bound.scope ? 'permitted_instruments') v;
   if v_reason is not null then
     return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
       format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
@@ -882,6 +889,11 @@ as $$
 declare
   v_reason text := p_reason;
 begin
+  -- The worker waits for nobody, or its other work would too: an agent that somebody is deciding about is for the next time.
+  perform from kakunin_private.agents a where a.agent_id = p_agent_id for no key update skip locked;
+  if not found then
+    return false;
+  end if;
   if v_reason is null then
     select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
     if not found then
@@ -899,7 +911,7 @@ begin
 end
 $$;
 comment on function kakunin_private.settle(uuid, text) is
-  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither';
+  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither, or somebody else has the agent locked';
 
 create function kakunin.settle_risk() returns integer
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -924,12 +936,12 @@ begin
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
      order by agent_id
   loop
-    if v_agent.score is not null then
-      perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
-    end if;
     if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
       then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
+      if v_agent.score is not null then
+        perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+      end if;
     end if;
   end loop;
   delete from kakunin_private.risk_hours h

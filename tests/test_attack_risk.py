@@ -10,8 +10,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from cluster import Cluster
-from conftest import Agent, Database, fresh_database
+from cluster import ROOT, Cluster
+from conftest import Agent, Database, _ca, _signers, fresh_database
 
 Connection = psycopg.Connection[Any]
 
@@ -212,8 +212,7 @@ def test_g7_no_operator_waits_for_an_agent_that_made_itself_critical(
 
 
 def _renewal(agent: Agent) -> bytes:
-    from conftest import _ca, _signers
-
+    """Another certificate for it, DER, that is not registered."""
     return _ca().issue(agent.agent_id, next(_signers()).public_key()).der
 
 
@@ -421,10 +420,8 @@ SETTINGS = [
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_g7_the_same_score_whatever_the_session_is_set_to(kit: Database, agent: Agent, setting: str) -> None:
-    if setting.split("_")[0] in ("debug", "force") and setting.split(" ")[0] != (
-        "force_parallel_mode" if kit.cluster.major < 16 else "debug_parallel_query"
-    ):
-        pytest.skip("a setting of another major")
+    if setting.startswith("debug_parallel_query" if kit.cluster.major < 16 else "force_parallel_mode"):
+        pytest.skip("it has another name here")
     other = kit.agent(permitted_actions=["trade:*"], financial_scope=SCOPE)
     made = []
     for who in (other, agent):
@@ -460,3 +457,426 @@ def _close(a: Any, b: Any) -> bool:
     if a is None or isinstance(a, str):
         return bool(a == b)
     return abs(float(a) - float(b)) < 1e-3
+
+
+# To spend more, and to write when high -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables(kit: Database) -> Database:
+    """The two templates as they stand, by their owner, and a table whose amounts and venues are whatever is given."""
+    with kit.connect("app", autocommit=True) as app:
+        for name in ("spend_limits", "risk_adaptive"):
+            app.execute((ROOT / f"sql/policies/{name}.sql").read_bytes())
+        app.execute("create table loose (amount numeric, venue text, leverage numeric)")
+        app.execute("alter table loose enable row level security")
+        app.execute(
+            "create policy loose_all on loose for all to kakunin_agent using (true) with check (true)"
+        )
+        app.execute(
+            "create policy loose_spend on loose as restrictive for insert to public"
+            " with check (kakunin.require_spend(amount, venue, null, leverage))"
+        )
+        app.execute("grant select, insert, update, delete on loose to kakunin_agent")
+    return kit
+
+
+SPEND = "insert into loose values (%s::numeric, %s, %s::numeric)"
+
+
+@pytest.mark.parametrize(
+    ("amount", "venue", "leverage"),
+    [
+        ("1001", "XLON", None),
+        ("NaN", "XLON", None),
+        ("Infinity", "XLON", None),
+        ("-Infinity", "XLON", None),
+        ("-1", "XLON", None),
+        ("-1e-16383", "XLON", None),
+        ("1e131071", "XLON", None),
+        ("1000.00000000000000000000000000000001", "XLON", None),
+        (None, "XLON", None),
+        ("1", None, None),
+        ("1", "", None),
+        ("1", "xlon", None),
+        ("1", "XLON ", None),
+        ("1", "\uff38\uff2c\uff2f\uff2e", None),
+        ("1", "XL\u041eN", None),
+        ("1", "X\u200bLON", None),
+        ("1", '["XLON"]', None),
+        ("1", "permitted_venues", None),
+        ("1", "XLON", "2.0000000000000000000000001"),
+        ("1", "XLON", "NaN"),
+        ("1", "XLON", "-1"),
+        ("1", "XLON", "Infinity"),
+    ],
+)
+def test_g8_no_amount_or_venue_but_a_permitted_one(
+    tables: Database, agent: Agent, amount: str | None, venue: str | None, leverage: str | None
+) -> None:
+    with session(agent) as connection:
+        connection.execute("savepoint s")
+        with refused("KA009"):
+            connection.execute(SPEND, [amount, venue, leverage])
+        connection.execute("rollback to s")
+        connection.execute(SPEND, ["1000", "XLON", "2"])  # as it is permitted
+
+
+WAYS_TO_SPEND = {
+    "rows of one statement": "insert into loose select 1000, 'XLON' from generate_series(1, 4)",
+    "copy": "copy loose from stdin",
+    "functions": "do $$begin for i in 1..4 loop insert into loose values (1000, 'XLON'); end loop; end$$",
+    "a CTE": (
+        "with a as (insert into loose values (1000, 'XLON'), (1000, 'XLON')), b as (insert into loose values (1000, 'XLON'))"
+        " insert into loose values (1000, 'XLON')"
+    ),
+    "exceptions": (
+        "do $$begin for i in 1..4 loop begin insert into loose values (1000, 'XLON');"
+        " begin insert into loose values (9999, 'XLON'); exception when others then null; end; end; end loop; end$$"
+    ),
+    "many small ones": "insert into loose select 0.5 + 1e-9, 'XLON' from generate_series(1, 6000)",
+    "merge": (
+        "merge into loose using (select 1000 from generate_series(1, 4)) on false"
+        " when not matched then insert values (1000, 'XLON')"
+    ),
+    "other days of the session": (
+        "set local timezone = 'Pacific/Kiritimati'; insert into loose values (1000, 'XLON'), (1000, 'XLON');"
+        " set local timezone = 'Etc/GMT+12'; insert into loose values (1000, 'XLON'), (1000, 'XLON')"
+    ),
+    "counters of its own": (
+        "create temp table spending (agent_id uuid, day timestamptz, amount_usd numeric);"
+        " set search_path = pg_temp, kakunin_private;"
+        " insert into public.loose select 1000, 'XLON' from generate_series(1, 4)"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_SPEND)
+def test_g8_no_more_in_a_day_than_the_certificate_has(tables: Database, agent: Agent, way: str) -> None:
+    """Neither in one transaction, whatever it is made of, nor in the ones after it."""
+    with session(agent) as connection:
+        if way == "copy":  # refused by Postgres where row security applies
+            with refused("0A000"):
+                connection.execute(WAYS_TO_SPEND[way])
+        else:
+            with refused("KA009"):
+                connection.execute(WAYS_TO_SPEND[way])
+    with session(agent) as connection:
+        for _ in range(3):
+            connection.execute(SPEND, ["1000", "XLON", None])
+        connection.commit()
+    for _ in range(2):
+        with session(agent) as connection, refused("KA009"):
+            connection.execute(SPEND, ["0.01", "XLON", None])
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
+def test_g8_two_transactions_do_not_spend_the_same_limit(tables: Database, agent: Agent, level: str) -> None:
+    """The second waits for the first, also with a snapshot from before it; savepoints give back what they undo."""
+    with session(agent, level) as one_, session(agent, level) as two:
+        one(two, "select count(*) from loose")
+        one_.execute(SPEND, ["1000", "XLON", None])
+        one_.execute("savepoint s")
+        one_.execute(SPEND, ["1000", "XLON", None])
+        one_.execute("rollback to s")
+        one_.execute(SPEND, ["1000", "XLON", None])
+        two.execute("set lock_timeout = '300ms'")
+        two.execute("savepoint s")
+        with refused("55P03"):
+            two.execute(SPEND, ["1000", "XLON", None])
+        two.execute("rollback to s")
+        one_.commit()
+        if level == "read committed":
+            two.execute(SPEND, ["1000", "XLON", None])
+            with refused("KA009"):
+                two.execute(SPEND, ["0.01", "XLON", None])
+        else:
+            with refused("40001"):
+                two.execute(SPEND, ["1000", "XLON", None])
+
+
+def test_g8_a_renewed_certificate_is_no_new_day(tables: Database, agent: Agent) -> None:
+    with session(agent) as connection:
+        for _ in range(3):
+            connection.execute(SPEND, ["1000", "XLON", None])
+        connection.commit()
+    renewed = tables.renew(agent, permitted_actions=["trade:*"], financial_scope=SCOPE)
+    for who in (agent, renewed):
+        with session(who) as connection, refused("KA009"):
+            connection.execute(SPEND, ["1", "XLON", None])
+
+
+def test_g8_an_agent_observes_nothing_but_its_own_calls(tables: Database, agent: Agent) -> None:
+    """observe is what the policy says; called by hand it permits nothing, and no other agent has less to spend."""
+    other = tables.agent(financial_scope=SCOPE)
+    with session(agent) as connection:
+        one(connection, "select kakunin.require_spend(1e17, 'XLON', observe => true)")
+        with refused("KA009"):
+            connection.execute(SPEND, ["2000", "XLON", None])
+    with session(other) as connection:
+        connection.execute(SPEND, ["1000", "XLON", None])
+
+
+def test_g6_what_is_observed_is_bounded(tables: Database, agent: Agent) -> None:
+    """Neither entries without an end, nor another chain of decisions for each transaction that keeps its snapshot."""
+    query = "select count(*) from kakunin_private.chains"
+    before = tables.value("postgres", query)
+    for _ in range(5):
+        with session(agent, "repeatable read") as connection:
+            for amount in ("-1e131071", "0." + "1" * 16000, "1e17"):
+                one(connection, f"select kakunin.require_spend({amount}, 'v' || repeat('x', 99999), 'i', 1.{'1' * 9000},"
+                    " observe => true)")  # fmt: skip
+            connection.commit()
+    longest = "select max(octet_length(entry)) from kakunin.audit_log where event_type = 'policy.observed'"
+    assert tables.value("auditor", longest) < 2000
+    assert tables.value("postgres", query) <= before + 1
+
+
+NOTE = "insert into agent_notes (content) values ('x')"
+
+
+def test_g8_read_only_from_the_next_statement_on(tables: Database, agent: Agent) -> None:
+    """With plans and functions of before."""
+    with session(agent) as connection:
+        connection.prepare_threshold = None  # or psycopg deallocates them when it rolls back
+        connection.execute("prepare note as insert into agent_notes (content) values ('p')")
+        connection.execute("prepare change as update agent_notes set content = 'p'")
+        connection.execute(
+            "create function pg_temp.note() returns void language plpgsql as"
+            " $$begin insert into public.agent_notes (content) values ('f'); end$$"
+        )
+        for _ in range(7):  # generic plans
+            for query in ("execute note", "execute change", "select pg_temp.note()", NOTE):
+                connection.execute(query)
+        for _ in range(2):
+            result = append(connection)
+        assert result["agent_band"] == "high"
+        assert one(connection, "select count(*) from agent_notes") == 21
+        for query in (
+            "execute note", "execute change", "select pg_temp.note()", NOTE, "delete from agent_notes",
+            "with w as (delete from agent_notes returning 1) select count(*) from w",
+            "do $$begin insert into agent_notes (content) values ('d'); end$$",
+            f"set local plan_cache_mode = force_generic_plan; {NOTE}",
+            f"set local row_security = off; {NOTE}",
+            "merge into agent_notes n using (select 1) s on true when matched then delete",
+        ):  # fmt: skip
+            connection.execute("savepoint s")
+            with refused("KA011", "42501"):
+                connection.execute(query)
+            connection.execute("rollback to s")
+        assert one(connection, "select count(*) from agent_notes") == 21
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a snapshot from before shows the score of before, and any agent can export one"
+)
+def test_g8_a_snapshot_of_before_writes_no_more(tables: Database, agent: Agent) -> None:
+    """What was high since a snapshot was taken is not seen in it, and an exported one is handed to ever new
+    transactions, for as long as the exporting one stays open. From critical on the stop's name is seen; below there is
+    none, because making one would let an agent's transactions wait for each other."""
+    with tables.connect("agent_1") as exporter:
+        exporter.execute("set transaction isolation level repeatable read")
+        snapshot = one(exporter, "select pg_export_snapshot()")
+        attempts(agent, 2)
+        ticket = tables.ticket(agent, "agent_1")
+        with tables.connect("agent_1") as connection:
+            connection.execute("set transaction isolation level repeatable read")
+            connection.execute(f"set transaction snapshot '{snapshot}'")
+            connection.execute("select kakunin.bind_session(%s)", [ticket])
+            with refused("KA011", "40001", "KA010"):
+                connection.execute(NOTE)
+
+
+@contextlib.contextmanager
+def in_snapshot(agent: Agent, snapshot: str) -> Iterator[Connection]:
+    ticket = agent.database.ticket(agent, "agent_1")
+    with agent.database.connect("agent_1") as connection:
+        connection.execute("set transaction isolation level repeatable read")
+        connection.execute(f"set transaction snapshot '{snapshot}'")
+        connection.execute("select kakunin.bind_session(%s)", [ticket])
+        yield connection
+        connection.rollback()
+
+
+def test_g7_attempts_in_an_old_snapshot_are_settled(kit: Database, agent: Agent) -> None:
+    """Handed to one transaction after another, with the chains it shows held by another: none sees the ones before
+    it, and none is critical. settle_risk() sees them all, and the name of the suspension is seen in every snapshot."""
+    with session(agent) as holder, kit.connect("agent_1") as exporter:
+        append(holder, "api_call")
+        holder.commit()
+        bind(holder, agent)
+        append(holder, "api_call")
+        exporter.execute("set transaction isolation level repeatable read")
+        snapshot = one(exporter, "select pg_export_snapshot()")
+        for _ in range(2):
+            with in_snapshot(agent, snapshot) as connection:
+                for _ in range(2):
+                    assert append(connection)["agent_band"] != "critical"
+                connection.commit()
+        settle(kit)
+        with refused("KA008", "KA002"), in_snapshot(agent, snapshot) as connection:
+            append(connection, "api_call")
+        with refused("KA002"):
+            append(holder, "api_call")
+
+
+@pytest.mark.xfail(strict=True, reason="scored in the epoch of the snapshot, which nobody counts any more")
+def test_g7_a_snapshot_from_before_a_reinstatement_hides_nothing(kit: Database, agent: Agent) -> None:
+    """risk_epoch is read with the snapshot. So what is appended in one from before a reinstatement belongs to the epoch
+    before it, whenever it happened. Counting by moment would close it: agents.risk_since, set by reinstate_agent(),
+    instead of risk_epoch, and the sums over the chains whose risk_at is later."""
+    with kit.connect("agent_1") as exporter:
+        exporter.execute("set transaction isolation level repeatable read")
+        snapshot = one(exporter, "select pg_export_snapshot()")
+        agent.suspend()
+        kit.run("operator", "select kakunin.reinstate_agent(%s)", [agent.agent_id])
+        with in_snapshot(agent, snapshot) as first, in_snapshot(agent, snapshot) as second:
+            for connection in (first, second):
+                append(connection)
+                append(connection)
+                connection.commit()
+    settle(kit)
+    assert status(agent) == "revoked"
+
+
+def test_g7_prepared_the_stop_waits_for_nobody(kit: Database, agent: Agent) -> None:
+    """A transaction that made itself critical notifies, and Postgres prepares none that does."""
+    with session(agent) as connection:
+        for _ in range(3):
+            append(connection)
+        with refused("0A000"):
+            connection.execute("prepare transaction 'critical'")
+    with session(agent) as connection:
+        append(connection)
+        connection.execute(f"prepare transaction 'high {agent.agent_id}'")
+    try:
+        side_by_side(agent, 2)
+        settle(kit)
+        assert status(agent) == "revoked"
+    finally:
+        with kit.connect("agent_1", autocommit=True) as connection:
+            connection.execute(f"rollback prepared 'high {agent.agent_id}'")
+
+
+def test_g7_a_binding_of_before_is_none_after_the_stop(kit: Database, agent: Agent) -> None:
+    """Local or the session's, copied, put back, of another backend; and a ticket."""
+    ticket = kit.ticket(agent, "agent_1")
+    with kit.connect("agent_1", autocommit=True) as idle, session(agent) as opened:
+        bind(idle, agent, is_local=False)
+        copy = one(idle, "select current_setting('kakunin.session')")
+        attempts(agent, 3)
+        for connection in (idle, opened):
+            assert one(connection, SERIAL) is None
+            one(connection, "select set_config('kakunin.session', %s, false)", [copy])
+            assert one(connection, SERIAL) is None
+            answer = one(connection, "select kakunin.verify_agent_scope('trade:x')")
+            assert answer["allowed"] is False
+        with refused("KA002"):
+            idle.execute("select kakunin.bind_session(%s)", [ticket])
+        settle(kit)
+        assert one(idle, SERIAL) is None
+
+
+# Others -------------------------------------------------------------------------------------------------
+
+FORBIDDEN = [
+    'select kakunin.set_risk(\'{"mode": "observe"}\')',
+    "select kakunin.set_agent_risk('$agent', 'why', true)",
+    "select kakunin.settle_risk()",
+    "select kakunin.review_risk(1, 'fine')",
+    "select kakunin.import_events('$agent', '[]')",
+    "select kakunin.agent_risk('$agent')",
+    "select * from kakunin.risk_reviews",
+    "select * from kakunin_private.risk_settings",
+    "update kakunin_private.chains set hard = 0",
+    "select kakunin_private.react(null, null, null, true)",
+    "select kakunin_private.clock()",
+    'drop domain kakunin_private."risk $agent"',
+    'create domain kakunin_private."risk x" as boolean',
+    "set role kakunin_operator",
+    "lock table kakunin_private.risk_stops in access exclusive mode",
+    "copy kakunin_private.risk_stops from stdin",
+    "select setval('kakunin_private.risk_reviews_review_id_seq', 1)",
+]
+
+
+@pytest.mark.parametrize("query", FORBIDDEN)
+def test_g7_an_agent_decides_nothing_about_risk(kit: Database, agent: Agent, query: str) -> None:
+    with session(agent) as connection, refused("42501"):
+        connection.execute(query.replace("$agent", str(agent.agent_id)).encode())
+
+
+def test_g7_what_an_agent_does_is_no_other_agents(kit: Database, agent: Agent) -> None:
+    """Whatever it names in its events; and views show it its own."""
+    other = kit.agent("victim", permitted_actions=["trade:*"], financial_scope=SCOPE)
+    history(other)
+    with session(other) as connection:
+        append(connection, "api_call", tool="usual")
+        connection.commit()
+    states = [
+        "select * from kakunin_private.chains where agent_id = %s",
+        "select * from kakunin_private.risk_hours where agent_id = %s order by hour, event_type",
+        "select * from kakunin_private.risk_known where agent_id = %s order by digest",
+        "select * from kakunin_private.spending where agent_id = %s",
+    ]
+    before = [kit.run("postgres", query, [other.agent_id]) for query in states]
+    named = {"agent_id": str(other.agent_id), "serial": other.serial, "kid": other.serial, "amount_usd": 1e17}
+    with session(agent) as connection:
+        connection.execute("select set_config('request.jwt.claims', %s, true)",
+                           [json.dumps({"kakunin_cert_serial": other.serial})])  # fmt: skip
+        append(connection, "transaction_initiated", **named)
+        for view in ("risk_by_hour", "risk_by_day", "risk_contributions", "audit_log"):
+            assert one(connection, f"select count(*) from kakunin.{view}") == 0  # it has revoked itself
+        connection.commit()
+    settle(kit)
+    assert [kit.run("postgres", query, [other.agent_id]) for query in states] == before
+    assert (status(agent), status(other)) == ("revoked", "active")
+    with session(other) as connection:
+        seen = connection.execute("select distinct agent_id from kakunin.risk_by_hour").fetchall()
+    assert seen == [(other.agent_id,)]
+
+
+@pytest.mark.parametrize(
+    ("action", "allowed"),
+    [
+        ("trade:x", True),
+        ("trade:x:y", True),
+        ("trade:", False),
+        ("trade", False),
+        ("TRADE:x", False),
+        ("xtrade:x", False),
+        (" trade:x", False),
+        ("*", False),
+        ("%", False),
+        ("tr_de:x", False),
+        ("", False),
+        (None, False),
+        ("read", True),
+        ("reader", False),
+        ("rea", False),
+        ("read\n", False),
+    ],
+)
+def test_g8_scopes_are_exact_or_below_a_prefix(kit: Database, action: str | None, allowed: bool) -> None:
+    agent = kit.agent(permitted_actions=["trade:*", "read"], financial_scope=SCOPE)
+    with session(agent) as connection:
+        answer = one(connection, "select kakunin.verify_agent_scope(%s)", [action])
+        assert answer["allowed"] is allowed
+        assert (answer["code"] is None) is allowed
+
+
+def test_g8_no_collation_makes_venues_or_actions_equal(tables: Database, agent: Agent) -> None:
+    """A nondeterministic one, where the server has ICU."""
+    with session(agent) as connection:
+        try:
+            connection.execute(
+                "create collation pg_temp.loose (provider = icu, locale = 'und-u-ks-level1', deterministic = false)"
+            )
+        except psycopg.errors.FeatureNotSupported:
+            pytest.skip("a server without ICU")
+        for call in ("verify_agent_scope('TRADE:X' collate pg_temp.loose)",
+                     "verify_agent_scope('trade:x', 1, 'xlon' collate pg_temp.loose)"):  # fmt: skip
+            connection.execute("savepoint s")
+            with contextlib.suppress(psycopg.Error):
+                assert one(connection, f"select kakunin.{call}")["allowed"] is False
+            connection.execute("rollback to s")
