@@ -336,6 +336,30 @@ def test_a_server_that_hangs_is_let_go_of(vault: Vault, monkeypatch: pytest.Monk
             assert len(recorded(vault.one)) == 2
 
 
+def test_a_commit_whose_answer_is_lost_is_not_recorded_twice(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = psycopg.Connection.commit
+    lost = 0
+
+    def unanswered(connection: psycopg.Connection[Any]) -> None:
+        nonlocal lost
+        commit(connection)
+        if threading.current_thread().name == "kakunin-attempts" and not lost:
+            lost += 1
+            raise psycopg.OperationalError("the connection was lost")
+
+    monkeypatch.setattr(psycopg.Connection, "commit", unanswered)
+    refuse_once(vault.database, vault.one)
+    deadline = time.monotonic() + 10
+    while not recorder.counters["failures"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    refuse_once(vault.database, vault.one)  # and is not counted into the one that is there
+    assert [entry["attempts"] for entry in recorded(vault.one)] == [1, 1]
+    assert (lost, recorder.counters["recorded"]) == (1, 2)
+
+
 def test_a_flood_is_bounded(vault: Vault) -> None:
     """Ten thousand failures of one agent: a few entries, one thread, and every failure counted."""
     before = threading.active_count()
