@@ -22,6 +22,7 @@ import pytest
 import sqlalchemy.exc
 from conftest import Agent, Database, Vault
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool
 from sqlalchemy import create_engine, text
 from test_binding import KINDS, Client
@@ -29,7 +30,6 @@ from test_binding import KINDS, Client
 from kakunin_db import (
     BadInputError,
     KakuninError,
-    LocalSigner,
     PolicyViolationError,
     ScopeViolationError,
     bind_agent_session,
@@ -37,6 +37,7 @@ from kakunin_db import (
 )
 from kakunin_db.binding import attempts
 from kakunin_db.binding.attempts import recorder
+from kakunin_db.conninfo import dsn_of
 
 ENTRIES = (
     "select metadata, serial, login from kakunin.audit_log"
@@ -335,6 +336,30 @@ def test_a_server_that_hangs_is_let_go_of(vault: Vault, monkeypatch: pytest.Monk
             assert len(recorded(vault.one)) == 2
 
 
+def test_a_commit_whose_answer_is_lost_is_not_recorded_twice(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = psycopg.Connection.commit
+    lost = 0
+
+    def unanswered(connection: psycopg.Connection[Any]) -> None:
+        nonlocal lost
+        commit(connection)
+        if threading.current_thread().name == "kakunin-attempts" and not lost:
+            lost += 1
+            raise psycopg.OperationalError("the connection was lost")
+
+    monkeypatch.setattr(psycopg.Connection, "commit", unanswered)
+    refuse_once(vault.database, vault.one)
+    deadline = time.monotonic() + 10
+    while not recorder.counters["failures"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    refuse_once(vault.database, vault.one)  # and is not counted into the one that is there
+    assert [entry["attempts"] for entry in recorded(vault.one)] == [1, 1]
+    assert (lost, recorder.counters["recorded"]) == (1, 2)
+
+
 def test_a_flood_is_bounded(vault: Vault) -> None:
     """Ten thousand failures of one agent: a few entries, one thread, and every failure counted."""
     before = threading.active_count()
@@ -356,11 +381,9 @@ def test_a_flood_is_bounded(vault: Vault) -> None:
 def test_many_agents_are_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "AGENTS", 3)
     error = PolicyViolationError("no")
-    signer = LocalSigner.generate()
     for n in range(1, 11):
         bearer = attempts.Bearer(f"{n:02X}", recorder=recorder)
         recorder.note(bearer, error, None, "here", lambda: "host=127.0.0.1 port=1 user=nobody")
-    assert signer
     assert len(recorder._agents) == 3
     assert recorder.counters["lost"] == 7
     assert recorder.counters["noted"] == 10
@@ -414,6 +437,16 @@ def test_a_pool_records_with_its_password(vault: Vault) -> None:
         with pool.connection() as connection:  # and is as it was
             assert "wait" not in vars(connection)
             assert "transaction" not in vars(connection)
+
+
+def test_a_connection_is_made_like_the_one_that_is_there(vault: Vault) -> None:
+    dsn = f"{vault.database.dsn('pooled')} password='pa ss\\'' sslmode=disable options='-c work_mem=1MB'"
+    with psycopg.connect(dsn) as connection:
+        again = conninfo_to_dict(dsn_of(connection))
+    wanted = conninfo_to_dict(dsn)
+    assert {name: again.get(name) for name in wanted} == wanted
+    with pytest.raises(psycopg.OperationalError):
+        dsn_of(connection)
 
 
 def test_a_sqlalchemy_creator_is_seen_through(vault: Vault) -> None:

@@ -57,7 +57,11 @@ _LIMITS = (
     " pg_catalog.set_config('lock_timeout', '2000', true),"
     " pg_catalog.set_config('idle_in_transaction_session_timeout', '10000', true)"
 )
-_APPEND = "select kakunin.audit_log_append('unauthorized_access_attempt', %s::pg_catalog.jsonb, null)"
+_APPEND = (
+    "select pg_catalog.pg_current_xact_id()::pg_catalog.text,"
+    " kakunin.audit_log_append('unauthorized_access_attempt', %s::pg_catalog.jsonb, null)"
+)
+_COMMITTED = "select pg_catalog.pg_xact_status(%s::pg_catalog.xid8)"
 
 _log = logging.getLogger("kakunin_db.attempts")
 
@@ -75,6 +79,8 @@ class _Attempt:
     facts: dict[str, Any]
     made: float
     attempts: int = 1
+    transaction: str | None = None  # that was told to commit, and may have
+    told: int = 0  # of those unrecorded, in that transaction
 
 
 @dataclass
@@ -94,7 +100,8 @@ class _Agent:
         self.refilled = now
 
     def add(self, attempt: _Attempt) -> None:
-        if self.waiting and len(self.waiting) >= int(self.tokens):
+        full = len(self.waiting) >= max(1, int(self.tokens))
+        if full and self.waiting[-1].transaction is None:  # one that may be recorded already counts no more
             self.waiting[-1].attempts += attempt.attempts
         else:
             self.waiting.append(attempt)
@@ -297,7 +304,7 @@ class Recorder:
                 self._lose(attempt.attempts)
             else:
                 agent.waiting.insert(0, attempt)
-                while len(agent.waiting) > BURST:
+                while len(agent.waiting) > BURST + 1:
                     agent.waiting[-2].attempts += agent.waiting.pop().attempts
                 agent.pause = min(max(agent.pause * 2, _FIRST_PAUSE), _LONGEST_PAUSE)
                 agent.not_before = now + agent.pause
@@ -313,13 +320,15 @@ class Recorder:
         if unrecorded:
             metadata["unrecorded"] = unrecorded
         try:
-            self._append(key, agent, metadata)
+            self._append(key, agent, attempt, metadata)
         except CredentialRejectedError:  # a ticket of a retired key, or expired on the way: once more
             self._disconnect()
-            self._append(key, agent, metadata)
+            self._append(key, agent, attempt, metadata)
         self._used = time.monotonic()
 
-    def _append(self, key: tuple[str, str], agent: _Agent, metadata: dict[str, Any]) -> None:
+    def _append(
+        self, key: tuple[str, str], agent: _Agent, attempt: _Attempt, metadata: dict[str, Any]
+    ) -> None:
         connection = self._connected(key, agent)
         until = time.monotonic() + ON_TIME
         wait = type(connection).wait
@@ -330,8 +339,20 @@ class Recorder:
         connection.wait = on_time  # type: ignore[method-assign]
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
         cursor.execute(_LIMITS, prepare=False)
+        if attempt.transaction is not None:
+            # The answer to its commit was lost. Twice in the ledger, it would count twice against the agent.
+            status = cursor.execute(_COMMITTED, [attempt.transaction], prepare=False).fetchone()
+            if status == ("committed",):
+                connection.rollback()
+                with self._changed:
+                    self._unrecorded += max(0, metadata.get("unrecorded", 0) - attempt.told)
+                return
+            if status == ("in progress",):
+                raise psycopg.OperationalError("the transaction before is not over")
+            attempt.transaction = None
         run(connection, Core(PsycopgChannel(connection), agent.bearer).bind_here())
-        cursor.execute(_APPEND, [Jsonb(metadata)], prepare=False)
+        row = cursor.execute(_APPEND, [Jsonb(metadata)], prepare=False).fetchone()
+        attempt.transaction, attempt.told = row[0] if row else None, metadata.get("unrecorded", 0)
         connection.commit()
 
     def _connected(self, key: tuple[str, str], agent: _Agent) -> psycopg.Connection[Any]:
@@ -361,7 +382,7 @@ def _until(gen: PQGen[Any], until: float) -> PQGen[Any]:
         wanted = next(gen)
         while True:
             ready = yield wanted
-            if time.monotonic() > until:
+            if not ready and time.monotonic() > until:
                 gen.close()
                 raise psycopg.OperationalError("the database did not answer in time")
             wanted = gen.send(ready)
