@@ -296,7 +296,7 @@ begin
 end
 $$;
 comment on function kakunin.webhook_status() is
-  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator, kakunin_auditor';
+  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator';
 
 -- Endpoints ------------------------------------------------------------------------------------------
 
