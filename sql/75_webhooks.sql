@@ -58,7 +58,8 @@ create table kakunin_private.webhook_deliveries (
   last_error      text,
   primary key (message_id, endpoint_id)
 );
-create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, urgent, next_attempt_at) where state = 'pending';
+create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, urgent, next_attempt_at)
+  include (created_at) where state = 'pending';
 create index webhook_deliveries_leased on kakunin_private.webhook_deliveries (endpoint_id, leased_until) where leased_until is not null;
 create index webhook_deliveries_dead on kakunin_private.webhook_deliveries (endpoint_id) where state = 'dead';
 comment on table kakunin_private.webhook_deliveries is 'How far each message is with each endpoint';
@@ -204,6 +205,8 @@ begin
              state = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null then 'pending' else 'dead' end,
              leased_until = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null
                then v_now + claim_webhooks.lease end,
+             last_error = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null
+               then d.last_error else 'the worker ended during the last attempt' end,
              last_attempt_at = v_now
         from due u
        where d.message_id = u.message_id and d.endpoint_id = u.endpoint_id
@@ -282,21 +285,19 @@ begin
   return (
     select jsonb_build_object(
              'endpoints', count(*),
-             'pending', coalesce(sum(d.pending), 0),
+             'pending', coalesce(sum(p.pending), 0),
              'dead', coalesce(sum(d.dead), 0),
-             'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(d.oldest)), 0))
+             'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(p.oldest)), 0))
       from kakunin_private.webhook_endpoints e,
-           lateral (select (select count(*) from kakunin_private.webhook_deliveries p
-                             where p.endpoint_id = e.endpoint_id and p.state = 'pending') as pending,
-                           (select min(p.created_at) from kakunin_private.webhook_deliveries p
-                             where p.endpoint_id = e.endpoint_id and p.state = 'pending') as oldest,
-                           (select count(*) from kakunin_private.webhook_deliveries p
-                             where p.endpoint_id = e.endpoint_id and p.state = 'dead') as dead) d
+           lateral (select count(*) as pending, min(w.created_at) as oldest from kakunin_private.webhook_deliveries w
+                     where w.endpoint_id = e.endpoint_id and w.state = 'pending') p,
+           lateral (select count(*) as dead from kakunin_private.webhook_deliveries w
+                     where w.endpoint_id = e.endpoint_id and w.state = 'dead') d
      where e.disabled_at is null);
 end
 $$;
 comment on function kakunin.webhook_status() is
-  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator, kakunin_auditor';
+  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator';
 
 -- Endpoints ------------------------------------------------------------------------------------------
 

@@ -215,6 +215,7 @@ def test_a_signature_is_of_one_secret_body_and_time(family: Callable[..., dict[s
         lambda: verify_webhook(body, headers, secret, now=now - 301),
         lambda: verify_webhook(body, headers, secret),
         lambda: verify_webhook(body, {}, secret, now=now),
+        lambda: verify_webhook(body, {name: ["x"] for name in headers}, secret, now=now),  # type: ignore[arg-type]
         lambda: verify_webhook(body, headers, secret, now=float("nan")),
     ):
         with pytest.raises(WebhookVerificationError):
@@ -674,8 +675,6 @@ def test_every_event_reaches_its_receiver_signed(hooks: Database, receiver: Rece
     for headers, body in receiver.requests:
         assert headers["Content-Type"] == "application/json"
         verify_webhook(body, kakunin_only(headers), secret)
-        if standardwebhooks := sys.modules.get("standardwebhooks"):
-            standardwebhooks.Webhook(secret).verify(body, headers)
 
 
 def test_the_outbox_is_written_with_the_decision_or_not_at_all(hooks: Database) -> None:
@@ -821,7 +820,7 @@ def test_one_that_ends_the_worker_each_time_is_given_up(hooks: Database) -> None
         assert len(hooks.run("worker", "select * from kakunin.claim_webhooks()")) == 1
     later(hooks, "11 hours")
     assert hooks.run("worker", "select * from kakunin.claim_webhooks()") == []
-    assert deliveries(hooks, "state") == [("dead",)]
+    assert deliveries(hooks, "state, last_error") == [("dead", "the worker ended during the last attempt")]
 
 
 def test_claims_at_once_never_overlap_and_leave_room_for_others(hooks: Database) -> None:

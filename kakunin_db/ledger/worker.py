@@ -533,10 +533,17 @@ class Worker:
             _say(logging.INFO, "partitions", "made partitions", names=made)
 
     def _expire(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
-        count = self._value(connection, "select kakunin.expire_certificates(%s)", _MOST_EXPIRIES)
+        self._expiries_at = time.monotonic() + _EXPIRIES_EVERY
+        try:
+            count = self._value(connection, "select kakunin.expire_certificates(%s)", _MOST_EXPIRIES)
+        except psycopg.Error as error:
+            if connection.closed:
+                raise
+            self._failed("database", error)  # sealing goes on
+            return
         self.metrics.counters["kakunin_worker_expired_certificates"] += count
-        if count < _MOST_EXPIRIES:  # otherwise more of them in the next round
-            self._expiries_at = time.monotonic() + _EXPIRIES_EVERY
+        if count == _MOST_EXPIRIES:
+            self._expiries_at = 0.0  # more of them in the next round
 
     def _status(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         if time.monotonic() < self._status_at:

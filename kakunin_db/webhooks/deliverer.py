@@ -34,6 +34,7 @@ _THREADS = 128
 _MARGIN = 20.0  # of a lease over an attempt
 _STATUS_EVERY = 5.0
 _CLEAN_EVERY = 600.0
+_MOST_CLEANED = 1000  # by one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +242,9 @@ class Deliverer:
     def _look_after(self, connection: psycopg.Connection[Any]) -> None:
         now = time.monotonic()
         if now >= self._clean_at:
-            self._clean_at = now + _CLEAN_EVERY
-            connection.execute("select kakunin.clean_webhooks()")
+            row = connection.execute("select kakunin.clean_webhooks()").fetchone()
+            if not row or row[0] < _MOST_CLEANED:  # otherwise more of them in the next round
+                self._clean_at = now + _CLEAN_EVERY
         if now >= self._status_at:
             self._status_at = now + _STATUS_EVERY
             row = connection.execute("select kakunin.webhook_status()").fetchone()

@@ -141,7 +141,7 @@ def verify_webhook(
 
 def _header(headers: Mapping[str, str], name: str) -> str:
     value = headers.get(name)
-    if not value:
+    if not isinstance(value, str) or not value:
         raise WebhookVerificationError(f"the header {name} is missing")
     if len(value) > _LONGEST or not value.isascii():
         raise WebhookVerificationError(f"the header {name} is none of ours")
