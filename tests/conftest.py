@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,21 @@ LOGINS = {
 # PostgREST's and Supabase's.
 API_ROLES = ["anon", "authenticated"]
 
+# Files of few tests that take long. Processes begin with these and go on with the files of the most tests, so
+# that at the end none waits long for another.
+FIRST = {
+    "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
+    "test_failover", "test_install", "test_ledger_tamper", "test_pgbouncer", "test_standby", "test_wheel",
+    "test_worker",
+}  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # the tests of a file and major stay together, as pytest's fixtures have them
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # with --dist loadfile --no-loadscope-reorder
+        size = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.stem not in FIRST, -size[item.path], item.path))
+
 
 def start_cluster(major: int) -> Cluster:
     bindir = binaries(major)
@@ -52,6 +68,9 @@ def start_cluster(major: int) -> Cluster:
     with cluster.connect("kit_template", "installer") as installer:
         installer.execute(install_sql())
         _ca().trust(installer)
+    for template in ("kit_template", "template1"):
+        with cluster.connect(template, autocommit=True) as admin:
+            admin.execute("grant create on schema public to public")
     with cluster.connect(autocommit=True) as admin:
         for login, roles in LOGINS.items():
             admin.execute(f"create role {login} login")
@@ -64,11 +83,21 @@ def start_cluster(major: int) -> Cluster:
     return cluster
 
 
+@pytest.fixture(scope="session")
+def clusters() -> Iterator[dict[int, Cluster]]:
+    """By major. A parametrised fixture ends when the next parameter's turn comes, and with `--dist loadfile`
+    that is twice a file: what took a server with the kit seconds to become stays here."""
+    started: dict[int, Cluster] = {}
+    yield started
+    for cluster in started.values():
+        cluster.destroy()
+
+
 @pytest.fixture(scope="session", params=MAJORS, ids=lambda m: f"pg{m}")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    cluster = start_cluster(request.param)
-    yield cluster
-    cluster.destroy()
+def cluster(request: pytest.FixtureRequest, clusters: dict[int, Cluster]) -> Cluster:
+    if request.param not in clusters:
+        clusters[request.param] = start_cluster(request.param)
+    return clusters[request.param]
 
 
 _names = itertools.count(1)
@@ -101,11 +130,16 @@ class Database:
 
     @property
     def installation_id(self) -> uuid.UUID:
-        return self.value("installer", "select kakunin.installation_id()")
+        row = self.cluster.kept(self.name, "installer").execute("select kakunin.installation_id()").fetchone()
+        assert row
+        return row[0]
 
     def agent(self, name: str = "agent", *, signer: LocalSigner | None = None, **certificate: Any) -> Agent:
         """A new agent with a registered certificate; keyword arguments go to CertificateAuthority.issue()."""
-        agent_id = self.value("registrar", "select kakunin.create_agent(%s)", [name])
+        registrar = self.cluster.kept(self.name, "registrar")
+        row = registrar.execute("select kakunin.create_agent(%s)", [name]).fetchone()
+        assert row
+        agent_id = row[0]
         signer = signer or next(_signers())
         issued = _ca().issue(agent_id, signer.public_key(), **certificate)
         self.register(issued)
@@ -115,13 +149,11 @@ class Database:
         """The same agent with a new key and certificate, registered with this overlap."""
         signer = next(_signers())
         issued = _ca().issue(agent.agent_id, signer.public_key(), **certificate)
-        with self.connect("registrar") as connection:
-            issued.register(connection, overlap)
+        issued.register(self.cluster.kept(self.name, "registrar"), overlap)
         return Agent(self, issued, signer)
 
     def register(self, issued: AgentCertificate) -> None:
-        with self.connect("registrar") as connection:
-            issued.register(connection)
+        issued.register(self.cluster.kept(self.name, "registrar"))
 
     def ticket(self, agent: Agent, user: str) -> str:
         return self.value(user, "select kakunin.open_session(%s)", [agent.assertion()])
@@ -250,17 +282,15 @@ class OneKey:
 @contextlib.contextmanager
 def fresh_database(cluster: Cluster, template: str = "kit_template") -> Iterator[Database]:
     name = f"db_{next(_names)}"
-    with cluster.connect(autocommit=True) as admin:
-        admin.execute(f"create database {name} template {template}")
-        admin.execute(f"grant create on database {name} to installer")
-    database = Database(cluster, name)
-    with cluster.connect(name, autocommit=True) as admin:
-        admin.execute("grant create on schema public to public")
+    admin = cluster.kept("postgres", "postgres")
+    cluster.release(template)
+    admin.execute(f"create database {name} template {template}")
     try:
-        yield database
+        admin.execute(f"grant create on database {name} to installer")
+        yield Database(cluster, name)
     finally:
-        with cluster.connect(autocommit=True) as admin:
-            admin.execute(f"drop database {name} with (force)")
+        cluster.release(name)
+        admin.execute(f"drop database {name} with (force)")
 
 
 @pytest.fixture(scope="module")
@@ -282,20 +312,20 @@ class Vault:
 def vault(database: Database) -> Iterator[Vault]:
     one = database.agent("one", permitted_actions=["vault:read", "orders:*"])
     two = database.agent("two", permitted_actions=["vault:read"])
-    with database.connect("app", autocommit=True) as app:
-        app.execute(
-            "create table vault (id int generated always as identity primary key,"
-            " permitted_agent_serial text, content text)"
-        )
-        app.execute("create index on vault (permitted_agent_serial)")
-        app.execute(
-            "insert into vault (permitted_agent_serial, content) values"
-            " (%(one)s, 'one-a'), (%(one)s, 'one-b'),"
-            " (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
-            {"one": one.serial, "two": two.serial},
-        )
-        app.execute("select kakunin.protect('vault')")
-        app.execute("grant all on vault to kakunin_agent, kakunin_gateway")
-        app.execute("revoke truncate, trigger, references on vault from kakunin_agent, kakunin_gateway")
-        yield Vault(database, one, two)
-        app.execute("drop table vault cascade")
+    app = database.cluster.kept(database.name, "app")
+    app.execute(
+        "create table vault (id int generated always as identity primary key,"
+        " permitted_agent_serial text, content text)"
+    )
+    app.execute("create index on vault (permitted_agent_serial)")
+    app.execute(
+        "insert into vault (permitted_agent_serial, content) values"
+        " (%(one)s, 'one-a'), (%(one)s, 'one-b'),"
+        " (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
+        {"one": one.serial, "two": two.serial},
+    )
+    app.execute("select kakunin.protect('vault')")
+    app.execute("grant all on vault to kakunin_agent, kakunin_gateway")
+    app.execute("revoke truncate, trigger, references on vault from kakunin_agent, kakunin_gateway")
+    yield Vault(database, one, two)
+    app.execute("drop table vault cascade")
