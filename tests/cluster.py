@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import pwd
+import select
 import shutil
 import socket
 import subprocess
@@ -112,6 +113,7 @@ class Cluster:
         self._kept: dict[tuple[str, str], psycopg.Connection[Any]] = {}
         self.settings = {
             "fsync": "off",
+            "jit": "off",  # Debian's 15 would take seconds to compile what takes milliseconds to run
             "max_connections": "80",
             "listen_addresses": "127.0.0.1",
             "log_line_prefix": "%m [%p] %u@%d ",
@@ -177,15 +179,24 @@ class Cluster:
     ) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn(dbname, user), **kwargs)
 
-    def kept(self, dbname: str, user: str) -> psycopg.Connection[Any]:
-        """A session in autocommit that is not closed: a new one costs more than most of what is asked of it.
-
-        For what prepares a test. Who is tested connects anew.
+    @contextlib.contextmanager
+    def session(self, dbname: str, user: str) -> Iterator[psycopg.Connection[Any]]:
+        """A session in autocommit that others had before and will have: a new one costs more than most of
+        what is asked of it. For what prepares and looks; who is tested connects anew. Other threads than the
+        first get one of their own: they may wait for what the first one does.
         """
+        if threading.current_thread() is not threading.main_thread():
+            with self.connect(dbname, user, autocommit=True) as session:
+                yield session
+            return
         session = self._kept.get((dbname, user))
-        if session is None or session.closed:
-            session = self._kept[dbname, user] = self.connect(dbname, user, autocommit=True)
-        return session
+        # There is something to read in a session that was ended.
+        if session is None or session.closed or select.select([session.fileno()], [], [], 0)[0]:
+            if session is not None:
+                session.close()
+            session = self.connect(dbname, user, autocommit=True, prepare_threshold=None)
+            self._kept[dbname, user] = session
+        yield session
 
     def release(self, dbname: str | None = None) -> None:
         """Closes the kept sessions of a database, or all: it can be dropped and copied then."""

@@ -35,6 +35,8 @@ LOGINS = {
     "auditor": ["kakunin_auditor"],
     "stranger": [],
 }
+# Logins that tests prepare and look with, and that attack nothing.
+STAFF = {"app", "auditor", "installer", "operator", "registrar", "worker"}
 # PostgREST's and Supabase's.
 API_ROLES = ["anon", "authenticated"]
 
@@ -120,26 +122,26 @@ class Database:
         return self.cluster.connect(self.name, user, **kwargs)
 
     def run(self, user: str, query: str, params: Any = None) -> list[tuple[Any, ...]]:
-        """One statement in its own transaction, as this login."""
-        with self.connect(user, autocommit=True) as connection:
+        """One statement in its own transaction, as this login, in its own session if not staff."""
+        with self._session(user) as connection:
             cursor = connection.execute(query, params)
             return cursor.fetchall() if cursor.description else []
+
+    def _session(self, user: str) -> contextlib.AbstractContextManager[psycopg.Connection[Any]]:
+        if user in STAFF:
+            return self.cluster.session(self.name, user)
+        return self.connect(user, autocommit=True)
 
     def value(self, user: str, query: str, params: Any = None) -> Any:
         return self.run(user, query, params)[0][0]
 
     @property
     def installation_id(self) -> uuid.UUID:
-        row = self.cluster.kept(self.name, "installer").execute("select kakunin.installation_id()").fetchone()
-        assert row
-        return row[0]
+        return self.value("installer", "select kakunin.installation_id()")
 
     def agent(self, name: str = "agent", *, signer: LocalSigner | None = None, **certificate: Any) -> Agent:
         """A new agent with a registered certificate; keyword arguments go to CertificateAuthority.issue()."""
-        registrar = self.cluster.kept(self.name, "registrar")
-        row = registrar.execute("select kakunin.create_agent(%s)", [name]).fetchone()
-        assert row
-        agent_id = row[0]
+        agent_id = self.value("registrar", "select kakunin.create_agent(%s)", [name])
         signer = signer or next(_signers())
         issued = _ca().issue(agent_id, signer.public_key(), **certificate)
         self.register(issued)
@@ -149,11 +151,13 @@ class Database:
         """The same agent with a new key and certificate, registered with this overlap."""
         signer = next(_signers())
         issued = _ca().issue(agent.agent_id, signer.public_key(), **certificate)
-        issued.register(self.cluster.kept(self.name, "registrar"), overlap)
+        with self._session("registrar") as connection:
+            issued.register(connection, overlap)
         return Agent(self, issued, signer)
 
     def register(self, issued: AgentCertificate) -> None:
-        issued.register(self.cluster.kept(self.name, "registrar"))
+        with self._session("registrar") as connection:
+            issued.register(connection)
 
     def ticket(self, agent: Agent, user: str) -> str:
         return self.value(user, "select kakunin.open_session(%s)", [agent.assertion()])
@@ -168,7 +172,7 @@ class Database:
 
     def seal(self, max_entries: int = 100_000) -> int:
         """Seals until there is nothing more to seal; returns the tree's size."""
-        with self.connect("worker", autocommit=True) as worker:
+        with self._session("worker") as worker:
             while True:
                 row = worker.execute("select kakunin.seal_ledger(%s)", [max_entries]).fetchone()
                 assert row
@@ -282,15 +286,17 @@ class OneKey:
 @contextlib.contextmanager
 def fresh_database(cluster: Cluster, template: str = "kit_template") -> Iterator[Database]:
     name = f"db_{next(_names)}"
-    admin = cluster.kept("postgres", "postgres")
     cluster.release(template)
-    admin.execute(f"create database {name} template {template}")
+    with cluster.session("postgres", "postgres") as admin:
+        admin.execute(f"create database {name} template {template}")
     try:
-        admin.execute(f"grant create on database {name} to installer")
+        with cluster.session("postgres", "postgres") as admin:
+            admin.execute(f"grant create on database {name} to installer")
         yield Database(cluster, name)
     finally:
         cluster.release(name)
-        admin.execute(f"drop database {name} with (force)")
+        with cluster.session("postgres", "postgres") as admin:
+            admin.execute(f"drop database {name} with (force)")
 
 
 @pytest.fixture(scope="module")
@@ -312,20 +318,20 @@ class Vault:
 def vault(database: Database) -> Iterator[Vault]:
     one = database.agent("one", permitted_actions=["vault:read", "orders:*"])
     two = database.agent("two", permitted_actions=["vault:read"])
-    app = database.cluster.kept(database.name, "app")
-    app.execute(
-        "create table vault (id int generated always as identity primary key,"
-        " permitted_agent_serial text, content text)"
-    )
-    app.execute("create index on vault (permitted_agent_serial)")
-    app.execute(
-        "insert into vault (permitted_agent_serial, content) values"
-        " (%(one)s, 'one-a'), (%(one)s, 'one-b'),"
-        " (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
-        {"one": one.serial, "two": two.serial},
-    )
-    app.execute("select kakunin.protect('vault')")
-    app.execute("grant all on vault to kakunin_agent, kakunin_gateway")
-    app.execute("revoke truncate, trigger, references on vault from kakunin_agent, kakunin_gateway")
+    with database.cluster.session(database.name, "app") as app:
+        app.execute(
+            "create table vault (id int generated always as identity primary key,"
+            " permitted_agent_serial text, content text)"
+        )
+        app.execute("create index on vault (permitted_agent_serial)")
+        app.execute(
+            "insert into vault (permitted_agent_serial, content) values"
+            " (%(one)s, 'one-a'), (%(one)s, 'one-b'),"
+            " (%(two)s, 'two-a'), (%(two)s, 'two-b'), (null, 'nobody')",
+            {"one": one.serial, "two": two.serial},
+        )
+        app.execute("select kakunin.protect('vault')")
+        app.execute("grant all on vault to kakunin_agent, kakunin_gateway")
+        app.execute("revoke truncate, trigger, references on vault from kakunin_agent, kakunin_gateway")
     yield Vault(database, one, two)
-    app.execute("drop table vault cascade")
+    database.run("app", "drop table vault cascade")
