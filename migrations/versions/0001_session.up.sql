@@ -4385,8 +4385,15 @@ begin
     on conflict (agent_id, day) do update set amount_usd = s.amount_usd + excluded.amount_usd
     returning s.amount_usd - require_spend.amount_usd into v_spent;
   end if;
-  select string_agg(v.reason, '; ') into v_reason from kakunin_private.violations(
-    v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) v;
+  -- A scope that names venues permits no trade that names none: the column may be NULL, or the policy have left it away.
+  select string_agg(v.reason, '; ') into v_reason from (
+    select r.reason from kakunin_private.violations(
+      v_bound.scope, require_spend.amount_usd, v_spent, require_spend.venue, require_spend.instrument, require_spend.leverage) r
+    union all
+    select 'no venue is given, and permitted_venues is a limit' where require_spend.venue is null and v_bound.scope ? 'permitted_venues'
+    union all
+    select 'no instrument is given, and permitted_instruments is a limit'
+     where require_spend.instrument is null and v_bound.scope ? 'permitted_instruments') v;
   if v_reason is not null then
     return kakunin_private.refused(require_spend.observe, v_bound.agent_id, v_serial, 'KA009',
       format('certificate %s: %s', v_serial, v_reason), 'Have the agent certified for more, or spend less.');
@@ -4496,6 +4503,11 @@ as $$
 declare
   v_reason text := p_reason;
 begin
+  -- The worker waits for nobody, or its other work would too: an agent that somebody is deciding about is for the next time.
+  perform from kakunin_private.agents a where a.agent_id = p_agent_id for no key update skip locked;
+  if not found then
+    return false;
+  end if;
   if v_reason is null then
     select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
     if not found then
@@ -4513,7 +4525,7 @@ begin
 end
 $$;
 comment on function kakunin_private.settle(uuid, text) is
-  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither';
+  'Suspends an agent that its score has stopped, or for a reason that is given, and revokes its certificates; false where there is neither, or somebody else has the agent locked';
 
 create function kakunin.settle_risk() returns integer
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -4538,12 +4550,12 @@ begin
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
      order by agent_id
   loop
-    if v_agent.score is not null then
-      perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
-    end if;
     if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
       then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
+      if v_agent.score is not null then
+        perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+      end if;
     end if;
   end loop;
   delete from kakunin_private.risk_hours h
@@ -5615,7 +5627,8 @@ create table kakunin_private.webhook_deliveries (
   last_error      text,
   primary key (message_id, endpoint_id)
 );
-create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, urgent, next_attempt_at) where state = 'pending';
+create index webhook_deliveries_due on kakunin_private.webhook_deliveries (endpoint_id, urgent, next_attempt_at)
+  include (created_at) where state = 'pending';
 create index webhook_deliveries_leased on kakunin_private.webhook_deliveries (endpoint_id, leased_until) where leased_until is not null;
 create index webhook_deliveries_dead on kakunin_private.webhook_deliveries (endpoint_id) where state = 'dead';
 comment on table kakunin_private.webhook_deliveries is 'How far each message is with each endpoint';
@@ -5761,6 +5774,8 @@ begin
              state = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null then 'pending' else 'dead' end,
              leased_until = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null
                then v_now + claim_webhooks.lease end,
+             last_error = case when d.attempts = 0 or kakunin_private.webhook_delay(d.attempts) is not null
+               then d.last_error else 'the worker ended during the last attempt' end,
              last_attempt_at = v_now
         from due u
        where d.message_id = u.message_id and d.endpoint_id = u.endpoint_id
@@ -5839,21 +5854,19 @@ begin
   return (
     select jsonb_build_object(
              'endpoints', count(*),
-             'pending', coalesce(sum(d.pending), 0),
+             'pending', coalesce(sum(p.pending), 0),
              'dead', coalesce(sum(d.dead), 0),
-             'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(d.oldest)), 0))
+             'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(p.oldest)), 0))
       from kakunin_private.webhook_endpoints e,
-           lateral (select (select count(*) from kakunin_private.webhook_deliveries p
-                             where p.endpoint_id = e.endpoint_id and p.state = 'pending') as pending,
-                           (select min(p.created_at) from kakunin_private.webhook_deliveries p
-                             where p.endpoint_id = e.endpoint_id and p.state = 'pending') as oldest,
-                           (select count(*) from kakunin_private.webhook_deliveries p
-                             where p.endpoint_id = e.endpoint_id and p.state = 'dead') as dead) d
+           lateral (select count(*) as pending, min(w.created_at) as oldest from kakunin_private.webhook_deliveries w
+                     where w.endpoint_id = e.endpoint_id and w.state = 'pending') p,
+           lateral (select count(*) as dead from kakunin_private.webhook_deliveries w
+                     where w.endpoint_id = e.endpoint_id and w.state = 'dead') d
      where e.disabled_at is null);
 end
 $$;
 comment on function kakunin.webhook_status() is
-  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator, kakunin_auditor';
+  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator';
 
 -- Endpoints ------------------------------------------------------------------------------------------
 
@@ -6128,7 +6141,7 @@ grant execute on function
   kakunin.expire_certificates(integer), kakunin.claim_webhooks(interval),
   kakunin.report_webhook(text, uuid, integer, integer, text), kakunin.clean_webhooks()
   to kakunin_worker;
-grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
+grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator;
 grant execute on function
   kakunin.add_webhook(uuid, text, text[], bytea), kakunin.enable_webhook(uuid, boolean), kakunin.remove_webhook(uuid),
   kakunin.rotate_webhook(uuid, bytea, interval), kakunin.test_webhook(uuid), kakunin.replay_webhooks(text, uuid)
