@@ -1,5 +1,6 @@
-"""Attacks on risk scoring, as the agent's login with any SQL it likes: not to be scored or stopped, to harm somebody
-else by it, to keep operators or the worker waiting, to make scoring fail, and to spend what the certificate forbids."""
+"""Attacks on risk scoring, as the agent's login with any SQL it likes: not to be scored or stopped, to harm
+somebody else by it, to keep operators or the worker waiting, to make scoring fail, and to spend what the
+certificate forbids."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ def kit(cluster: Cluster) -> Iterator[Database]:
                 "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
                 " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
             )
+        database.run("installer", "select kakunin.set_gateway_logins('{authenticator}')")
+        database.run("postgres", "grant kakunin_agent to anon")
         yield database
+        database.run("postgres", "revoke kakunin_agent from anon")
 
 
 @pytest.fixture
@@ -126,7 +130,8 @@ def history(agent: Agent, days: int = 20) -> None:
     agent.database.run(
         "operator",
         "select kakunin.import_events(%s, (select jsonb_agg(jsonb_build_object('occurred_at',"
-        " to_char((now() - make_interval(hours => h)) at time zone interval '0', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"'),"
+        " to_char((now() - make_interval(hours => h)) at time zone interval '0',"
+        ' \'YYYY-MM-DD"T"HH24:MI:SS"Z"\'),'
         " 'event_type', 'api_call', 'metadata', jsonb_build_object('tool', 'usual', 'amount_usd', 100)))"
         " from generate_series(1, %s) h))",
         [agent.agent_id, days * 24],
@@ -216,6 +221,86 @@ def _renewal(agent: Agent) -> bytes:
     return _ca().issue(agent.agent_id, next(_signers()).public_key()).der
 
 
+@pytest.mark.parametrize("holder", ["operator", "registrar"])
+def test_g7_settling_leaves_out_whom_somebody_is_deciding_about(
+    kit: Database, agent: Agent, holder: str
+) -> None:
+    """A transaction about one agent that stays open must not keep the others of their revocation."""
+    side, other = kit.agent("side"), kit.agent("other")
+    side_by_side(side, 2)
+    attempts(agent, 3)
+    attempts(other, 3)
+    with kit.connect(holder) as connection:
+        for who in (agent, side):
+            if holder == "operator":
+                connection.execute("select kakunin.suspend_agent(%s, 'why')", [who.agent_id])
+            else:
+                overlap = "select kakunin.register_certificate(%s, '1 hour')"
+                connection.execute(overlap, [_renewal(who)])
+        settle(kit)
+        assert stopped(agent)
+        assert not stopped(other)
+        assert status(other) == "revoked"
+        assert status(agent) == "revoked"
+        connection.rollback()
+    assert settle(kit) == 2
+    assert not stopped(agent)
+    assert status(side) == "revoked"
+
+
+@pytest.mark.parametrize("way", ["gateway", "claims"])
+def test_g7_whatever_it_was_bound_by(kit: Database, agent: Agent, way: str) -> None:
+    with kit.connect("gateway" if way == "gateway" else "authenticator") as connection:
+        if way == "gateway":
+            connection.execute("select kakunin.bind_serial(%s)", [agent.serial])
+        else:
+            connection.execute("set local role anon")
+            claims = json.dumps({"role": "anon", "kakunin_cert_serial": agent.serial})
+            connection.execute("select set_config('request.jwt.claims', %s, true)", [claims])
+        for _ in range(3):
+            result = append(connection)
+        assert result["revoked"] is True
+        assert one(connection, SERIAL) is None
+        with refused("KA002"):
+            append(connection, "api_call")
+
+
+def test_g7_every_certificate_of_the_agent_stops_and_is_revoked(kit: Database, agent: Agent) -> None:
+    """The one that is superseded, the one after it, and one that is registered before the stop is settled."""
+    renewed = kit.renew(agent, permitted_actions=["trade:*"])
+    with session(agent) as old, session(renewed) as new:
+        append(old)
+        append(old)
+        old.commit()
+        bind(old, agent)
+        assert append(new)["revoked"] is True
+        new.commit()
+        assert one(old, SERIAL) is None
+    third = kit.renew(agent, permitted_actions=["trade:*"])
+    with refused("KA002"):
+        kit.ticket(third, "agent_1")
+    settle(kit)
+    kit.run("operator", "select kakunin.reinstate_agent(%s)", [agent.agent_id])
+    for who in (agent, renewed, third):
+        with refused("KA002"):
+            kit.ticket(who, "agent_1")
+
+
+def test_limit_what_is_rolled_back_is_not_scored(kit: Database, agent: Agent) -> None:
+    """An agent reads what an event would do and takes it back. What it attempted is for others to record."""
+    with session(agent) as connection:
+        for _ in range(5):
+            connection.execute("savepoint s")
+            append(connection)
+            append(connection)
+            assert append(connection)["revoked"] is True
+            connection.execute("rollback to s")
+        assert append(connection, "api_call")["agent_score"] == 0
+        connection.commit()
+    settle(kit)
+    assert status(agent) == "active"
+
+
 @pytest.mark.parametrize("end", ["commit", "rollback"])
 def test_g7_a_stop_that_commits_after_a_reinstatement_stops(kit: Database, agent: Agent, end: str) -> None:
     """An operator reinstates an agent whose open transaction has made itself critical."""
@@ -234,7 +319,8 @@ def test_g7_a_stop_that_commits_after_a_reinstatement_stops(kit: Database, agent
 
 
 def test_g7_a_reinstatement_takes_no_stop_away_that_it_has_not_seen(kit: Database, agent: Agent) -> None:
-    """What a snapshot cannot show is known by name, and the name must outlast a reinstatement that saw no stop."""
+    """What a snapshot cannot show is known by name, and the name must outlast a reinstatement that saw no
+    stop."""
     with (
         session(agent, "repeatable read") as keeper,
         kit.connect("operator") as operator,
@@ -259,7 +345,8 @@ def test_g7_certain_in_one_chain_and_unusual_in_another_is_settled(kit: Database
         "installer",
         "insert into kakunin_private.chains (agent_id, sequence, head, risk_at, hour, hard, soft)"
         " select %s, 0, decode(repeat('00', 32), 'hex'), kakunin_private.clock(),"
-        " date_bin('1 hour', kakunin_private.clock(), 'epoch'), h, s from (values (0.82, 0), (0, 1.6)) v(h, s)",
+        " date_bin('1 hour', kakunin_private.clock(), 'epoch'), h, s"
+        " from (values (0.82, 0), (0, 1.6)) v(h, s)",
         [agent.agent_id],
     )
     settle(kit)
@@ -269,8 +356,8 @@ def test_g7_certain_in_one_chain_and_unusual_in_another_is_settled(kit: Database
 def test_g7_backdated_events_are_a_history_too(
     kit: Database, agent: Agent, clock: Callable[[str], None]
 ) -> None:
-    """An agent that says of all its events that they occurred an hour ago would never have a baseline, and without
-    one nothing is unusual."""
+    """An agent that says of all its events that they occurred an hour ago would never have a baseline, and
+    without one nothing is unusual."""
     query = "select kakunin.audit_log_append('api_call', %s, null, %s::timestamptz - interval '1 hour')"
     for day in range(12):
         clock(f"{day} days")
@@ -334,13 +421,15 @@ def test_g8_an_exempt_agent_can_always_append(kit: Database, agent: Agent) -> No
 
 
 def test_g8_a_score_fades_to_nothing(kit: Database, agent: Agent, clock: Callable[[str], None]) -> None:
-    """Products too small for a number are an error in Postgres: years without an attempt must not end appends."""
+    """Products too small for a number are an error in Postgres: years without an attempt must not end
+    appends."""
     attempts(agent, 1)
     for years in (1, 2, 3, 4, 8):
         clock(f"{years} years")
         kit.run(
             "installer",
-            "update kakunin_private.certificates set not_after = kakunin_private.clock() + '1 day' where serial = %s",
+            "update kakunin_private.certificates set not_after = kakunin_private.clock() + '1 day'"
+            " where serial = %s",
             [agent.serial],
         )
         kit.run("installer", "select kakunin.make_partitions()")
@@ -351,13 +440,15 @@ def test_g8_a_score_fades_to_nothing(kit: Database, agent: Agent, clock: Callabl
 
 @pytest.mark.parametrize("member", ["amount_usd", "rows"])
 def test_g8_equal_amounts_for_ever(kit: Database, agent: Agent, member: str) -> None:
-    """Their mean comes so near to the logarithm of 1 that its square is too small for a number, after a million."""
+    """Their mean comes so near to the logarithm of 1 that its square is too small for a number, after a
+    million."""
     with session(agent) as connection:
         append(connection, "api_call", amount_usd=2, rows=2)
         connection.commit()
     kit.run(
         "installer",
-        "update kakunin_private.chains set amount_mean = 1e-200, rows_mean = 1e-200, amount_n = 2001, rows_n = 2001"
+        "update kakunin_private.chains"
+        " set amount_mean = 1e-200, rows_mean = 1e-200, amount_n = 2001, rows_n = 2001"
         " where agent_id = %s",
         [agent.agent_id],
     )
@@ -366,15 +457,38 @@ def test_g8_equal_amounts_for_ever(kit: Database, agent: Agent, member: str) -> 
 
 
 METADATA = [
-    "null", "[]", "5", '"amount_usd"', '["amount_usd", "venue"]', "{}", '{"amount_usd": null}',
-    '{"amount_usd": 1e16000}', '{"amount_usd": 1e-16000}', '{"amount_usd": -1}', '{"amount_usd": "NaN"}',
-    '{"amount_usd": "Infinity"}', '{"amount_usd": "1e5"}', '{"amount_usd": ""}', '{"amount_usd": "１２"}',
-    '{"amount_usd": 0.000000000000000001}', '{"amount_usd": 999999999999999999.999999999999999999}',
-    '{"amount_usd": "00000000000000000.0"}', '{"rows": 0.000000000000000001}', '{"rows": 0}', '{"rows": -0}',
-    '{"rows": {"a": 1}}', '{"leverage": 1e17}', '{"leverage": [1]}', '{"venue": ""}', '{"venue": {}}',
-    '{"venue": "\\u0001\\ud83d\\ude00"}', '{"tool": true, "action": [], "table": 7}', '{"amount_usd": 1, "amountUsd": "x"}',
-    '{"venue": "' + "x" * 15000 + '"}', '{"a":' * 63 + "1" + "}" * 63,
-]  # fmt: skip
+    "null",
+    "[]",
+    "5",
+    '"amount_usd"',
+    '["amount_usd", "venue"]',
+    "{}",
+    '{"amount_usd": null}',
+    '{"amount_usd": 1e16000}',
+    '{"amount_usd": 1e-16000}',
+    '{"amount_usd": -1}',
+    '{"amount_usd": "NaN"}',
+    '{"amount_usd": "Infinity"}',
+    '{"amount_usd": "1e5"}',
+    '{"amount_usd": ""}',
+    '{"amount_usd": "\\uff11\\uff12"}',
+    '{"amount_usd": 0.000000000000000001}',
+    '{"amount_usd": 999999999999999999.999999999999999999}',
+    '{"amount_usd": "00000000000000000.0"}',
+    '{"rows": 0.000000000000000001}',
+    '{"rows": 0}',
+    '{"rows": -0}',
+    '{"rows": {"a": 1}}',
+    '{"leverage": 1e17}',
+    '{"leverage": [1]}',
+    '{"venue": ""}',
+    '{"venue": {}}',
+    '{"venue": "\\u0001\\ud83d\\ude00"}',
+    '{"tool": true, "action": [], "table": 7}',
+    '{"amount_usd": 1, "amountUsd": "x"}',
+    '{"venue": "' + "x" * 15000 + '"}',
+    '{"a":' * 63 + "1" + "}" * 63,
+]
 
 
 def test_g8_whatever_the_metadata_the_event_is_scored(kit: Database) -> None:
@@ -409,13 +523,29 @@ def test_g8_no_moment_but_one_of_late(agent: Agent, moment: str) -> None:
 
 
 SETTINGS = [
-    "extra_float_digits = -15", "timezone = 'X167Y-167,M1.1.0,M12.1.0'", "datestyle = 'SQL, DMY'", "intervalstyle = 'sql_standard'",
-    "search_path = pg_temp, public", "plan_cache_mode = force_custom_plan", "work_mem = 64", "lc_numeric = 'C'",
-    "standard_conforming_strings = off", "array_nulls = off", "transform_null_equals = on", "quote_all_identifiers = on",
-    "bytea_output = 'escape'", "xmloption = document", "row_security = off", "enable_indexscan = off",
-    "jit_above_cost = 0", "plpgsql.extra_errors = 'all'", "debug_parallel_query = on", "force_parallel_mode = on",
-    "check_function_bodies = off", "client_min_messages = debug5",
-]  # fmt: skip
+    "extra_float_digits = -15",
+    "timezone = 'X167Y-167,M1.1.0,M12.1.0'",
+    "datestyle = 'SQL, DMY'",
+    "intervalstyle = 'sql_standard'",
+    "search_path = pg_temp, public",
+    "plan_cache_mode = force_custom_plan",
+    "work_mem = 64",
+    "lc_numeric = 'C'",
+    "standard_conforming_strings = off",
+    "array_nulls = off",
+    "transform_null_equals = on",
+    "quote_all_identifiers = on",
+    "bytea_output = 'escape'",
+    "xmloption = document",
+    "row_security = off",
+    "enable_indexscan = off",
+    "jit_above_cost = 0",
+    "plpgsql.extra_errors = 'all'",
+    "debug_parallel_query = on",
+    "force_parallel_mode = on",
+    "check_function_bodies = off",
+    "client_min_messages = debug5",
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -439,8 +569,9 @@ def test_g7_the_same_score_whatever_the_session_is_set_to(kit: Database, agent: 
             connection.commit()
         state = kit.run(
             "postgres",
-            "select round(hard::numeric, 6), round(soft::numeric, 6), counts, expected, round(amount_mean::numeric, 6),"
-            " spent_usd, known from kakunin_private.chains where agent_id = %s and hour is not null",
+            "select round(hard::numeric, 6), round(soft::numeric, 6), counts, expected,"
+            " round(amount_mean::numeric, 6), spent_usd, known"
+            " from kakunin_private.chains where agent_id = %s and hour is not null",
             [who.agent_id],
         )
         fixed = ("score", "band", "factors", "agent_band", "revoked")
@@ -464,7 +595,8 @@ def _close(a: Any, b: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def tables(kit: Database) -> Database:
-    """The two templates as they stand, by their owner, and a table whose amounts and venues are whatever is given."""
+    """The two templates as they stand, by their owner, and a table whose amounts and venues are whatever is
+    given."""
     with kit.connect("app", autocommit=True) as app:
         for name in ("spend_limits", "risk_adaptive"):
             app.execute((ROOT / f"sql/policies/{name}.sql").read_bytes())
@@ -527,16 +659,18 @@ WAYS_TO_SPEND = {
     "copy": "copy loose from stdin",
     "functions": "do $$begin for i in 1..4 loop insert into loose values (1000, 'XLON'); end loop; end$$",
     "a CTE": (
-        "with a as (insert into loose values (1000, 'XLON'), (1000, 'XLON')), b as (insert into loose values (1000, 'XLON'))"
+        "with a as (insert into loose values (1000, 'XLON'), (1000, 'XLON')),"
+        " b as (insert into loose values (1000, 'XLON'))"
         " insert into loose values (1000, 'XLON')"
     ),
     "exceptions": (
         "do $$begin for i in 1..4 loop begin insert into loose values (1000, 'XLON');"
-        " begin insert into loose values (9999, 'XLON'); exception when others then null; end; end; end loop; end$$"
+        " begin insert into loose values (9999, 'XLON'); exception when others then null; end;"
+        " end; end loop; end$$"
     ),
     "many small ones": "insert into loose select 0.5 + 1e-9, 'XLON' from generate_series(1, 6000)",
     "merge": (
-        "merge into loose using (select 1000 from generate_series(1, 4)) on false"
+        "merge into loose using generate_series(1, 4) on false"
         " when not matched then insert values (1000, 'XLON')"
     ),
     "other days of the session": (
@@ -572,7 +706,8 @@ def test_g8_no_more_in_a_day_than_the_certificate_has(tables: Database, agent: A
 
 @pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
 def test_g8_two_transactions_do_not_spend_the_same_limit(tables: Database, agent: Agent, level: str) -> None:
-    """The second waits for the first, also with a snapshot from before it; savepoints give back what they undo."""
+    """The second waits for the first, also with a snapshot from before it; savepoints give back what they
+    undo."""
     with session(agent, level) as one_, session(agent, level) as two:
         one(two, "select count(*) from loose")
         one_.execute(SPEND, ["1000", "XLON", None])
@@ -607,7 +742,8 @@ def test_g8_a_renewed_certificate_is_no_new_day(tables: Database, agent: Agent) 
 
 
 def test_g8_an_agent_observes_nothing_but_its_own_calls(tables: Database, agent: Agent) -> None:
-    """observe is what the policy says; called by hand it permits nothing, and no other agent has less to spend."""
+    """observe is what the policy says; called by hand it permits nothing, and no other agent has less to
+    spend."""
     other = tables.agent(financial_scope=SCOPE)
     with session(agent) as connection:
         one(connection, "select kakunin.require_spend(1e17, 'XLON', observe => true)")
@@ -618,14 +754,15 @@ def test_g8_an_agent_observes_nothing_but_its_own_calls(tables: Database, agent:
 
 
 def test_g6_what_is_observed_is_bounded(tables: Database, agent: Agent) -> None:
-    """Neither entries without an end, nor another chain of decisions for each transaction that keeps its snapshot."""
+    """Neither entries without an end, nor another chain of decisions for each transaction that keeps its
+    snapshot."""
     query = "select count(*) from kakunin_private.chains"
     before = tables.value("postgres", query)
     for _ in range(5):
         with session(agent, "repeatable read") as connection:
             for amount in ("-1e131071", "0." + "1" * 16000, "1e17"):
-                one(connection, f"select kakunin.require_spend({amount}, 'v' || repeat('x', 99999), 'i', 1.{'1' * 9000},"
-                    " observe => true)")  # fmt: skip
+                others = f"'v' || repeat('x', 99999), 'i', 1.{'1' * 9000}"
+                one(connection, f"select kakunin.require_spend({amount}, {others}, observe => true)")
             connection.commit()
     longest = "select max(octet_length(entry)) from kakunin.audit_log where event_type = 'policy.observed'"
     assert tables.value("auditor", longest) < 2000
@@ -672,8 +809,8 @@ def test_g8_read_only_from_the_next_statement_on(tables: Database, agent: Agent)
 )
 def test_g8_a_snapshot_of_before_writes_no_more(tables: Database, agent: Agent) -> None:
     """What was high since a snapshot was taken is not seen in it, and an exported one is handed to ever new
-    transactions, for as long as the exporting one stays open. From critical on the stop's name is seen; below there is
-    none, because making one would let an agent's transactions wait for each other."""
+    transactions, for as long as the exporting one stays open. From critical on the stop's name is seen;
+    below there is none, because making one would let an agent's transactions wait for each other."""
     with tables.connect("agent_1") as exporter:
         exporter.execute("set transaction isolation level repeatable read")
         snapshot = one(exporter, "select pg_export_snapshot()")
@@ -699,8 +836,9 @@ def in_snapshot(agent: Agent, snapshot: str) -> Iterator[Connection]:
 
 
 def test_g7_attempts_in_an_old_snapshot_are_settled(kit: Database, agent: Agent) -> None:
-    """Handed to one transaction after another, with the chains it shows held by another: none sees the ones before
-    it, and none is critical. settle_risk() sees them all, and the name of the suspension is seen in every snapshot."""
+    """Handed to one transaction after another, with the chains it shows held by another: none sees the ones
+    before it, and none is critical. settle_risk() sees them all, and the name of the suspension is seen
+    in every snapshot."""
     with session(agent) as holder, kit.connect("agent_1") as exporter:
         append(holder, "api_call")
         holder.commit()
@@ -722,9 +860,9 @@ def test_g7_attempts_in_an_old_snapshot_are_settled(kit: Database, agent: Agent)
 
 @pytest.mark.xfail(strict=True, reason="scored in the epoch of the snapshot, which nobody counts any more")
 def test_g7_a_snapshot_from_before_a_reinstatement_hides_nothing(kit: Database, agent: Agent) -> None:
-    """risk_epoch is read with the snapshot. So what is appended in one from before a reinstatement belongs to the epoch
-    before it, whenever it happened. Counting by moment would close it: agents.risk_since, set by reinstate_agent(),
-    instead of risk_epoch, and the sums over the chains whose risk_at is later."""
+    """risk_epoch is read with the snapshot. So what is appended in one from before a reinstatement belongs
+    to the epoch before it, whenever it happened. Counting by moment would close it: agents.risk_since,
+    set by reinstate_agent(), instead of risk_epoch, and the sums over the chains whose risk_at is later."""
     with kit.connect("agent_1") as exporter:
         exporter.execute("set transaction isolation level repeatable read")
         snapshot = one(exporter, "select pg_export_snapshot()")
@@ -870,7 +1008,8 @@ def test_g8_no_collation_makes_venues_or_actions_equal(tables: Database, agent: 
     with session(agent) as connection:
         try:
             connection.execute(
-                "create collation pg_temp.loose (provider = icu, locale = 'und-u-ks-level1', deterministic = false)"
+                "create collation pg_temp.loose (provider = icu, locale = 'und-u-ks-level1',"
+                " deterministic = false)"
             )
         except psycopg.errors.FeatureNotSupported:
             pytest.skip("a server without ICU")
