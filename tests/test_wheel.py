@@ -59,10 +59,11 @@ class Installed:
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     environment = tmp_path_factory.mktemp("environment")
-    venv.create(environment, with_pip=True)
+    venv.create(environment)
     done = run(
-        environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-        "-c", ROOT / "constraints.txt", f"kakunin-db[binary] @ {wheel.as_uri()}", cwd=environment,
+        sys.executable, "-m", "pip", "--python", environment, "install", "--quiet",
+        "--disable-pip-version-check", "-c", ROOT / "constraints.txt",
+        f"kakunin-db[binary] @ {wheel.as_uri()}", cwd=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return Installed(environment / "bin", tmp_path_factory.mktemp("empty"))
