@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import functools
 import hashlib
 import json
 import math
@@ -177,6 +176,7 @@ def kit(module_kit: Kit) -> Iterator[Kit]:
     """With the settings and the clock as they were at the beginning."""
     settings_now = module_kit.ask("select kakunin.set_risk('{}')")
     module_kit.move(NOON)
+    module_kit.operator.execute(SETTLE)
     yield module_kit
     module_kit.operator.execute("select kakunin.set_risk(%s)", [json.dumps(settings_now)])
 
@@ -279,8 +279,12 @@ def test_what_is_unusual_is_so_for_this_agent(kit: Kit) -> None:
         assert novel["factors"] == {"novelty": 0.25, "novel": [name]}
         assert novel["score"] == pytest.approx(1 - 0.9 * 0.75, abs=1e-4)
         assert kit.event(agent, "api_call", {name: "another"})["factors"] == {}  # it is known now
-    amounts = [kit.event(agent, "api_call", {"amount_usd": 10**n})["factors"] for n in (3, 5, 9, 15)]
-    deviations = [factors["amount_deviation"] for factors in amounts]
+    deviations = []
+    for digits in (3, 5, 9, 15):
+        with kit.bound(agent) as session:
+            risk = append(session, "api_call", {"amount_usd": 10**digits})
+            deviations.append(risk["factors"]["amount_deviation"])
+            session.rollback()  # or it would be part of what is usual
     assert deviations == sorted(deviations)
     assert 0 < deviations[0] < deviations[-1] < 0.4
     assert kit.event(agent, "api_call", {"amount_usd": 1})["factors"] == {}  # less than usual is no risk
@@ -288,7 +292,7 @@ def test_what_is_unusual_is_so_for_this_agent(kit: Kit) -> None:
 
 def test_more_rows_than_usual(kit: Kit) -> None:
     agent = kit.agent()
-    kit.history(agent)
+    kit.history(agent, an_hour=20)
     for _ in range(30):
         assert kit.event(agent, "data_access", {"rows": 10})["factors"] == {}
     assert kit.event(agent, "data_access", {"row_count": 10**6})["factors"].keys() == {"rows"}
@@ -455,7 +459,7 @@ def test_the_largest_metadata_and_the_deepest_are_scored(kit: Kit) -> None:
     largest = '{"x": "' + "é" * 8187 + '"}'
     assert len(largest.encode()) == 16383
     assert kit.event(agent, "api_call", largest)["score"] == 0.1
-    many = "{" + ", ".join(f'"k{n}": 1' for n in range(1500)) + "}"
+    many = "{" + ", ".join(f'"k{n}": 1' for n in range(1200)) + "}"
     assert kit.event(agent, "api_call", many)["score"] == 0.1
     assert kit.event(agent, "api_call", '{"x":' * 64 + "1" + "}" * 64)["score"] == 0.1
     assert kit.event(agent, "api_call", '{"tool": "\\u202e\\ud83d\\ude00"}')["score"] == 0.1
@@ -900,7 +904,7 @@ def test_critical_revokes_in_the_same_commit(kit: Kit, vault: None) -> None:
     assert kit.operator.execute(query, [agent.serial]).fetchall() == [("privilegeWithdrawn", True)]
     query = "select suspended_reason from kakunin.agents where agent_id = %s"
     assert kit.ask(query, [agent.agent_id]).startswith("risk score")
-    assert kit.types(agent)[-3:] == ["agent.revoked", "agent.suspended", "certificate.revoked"]
+    assert kit.types(agent)[-4:] == ["agent.revoked", ATTEMPT, "agent.suspended", "certificate.revoked"]
     query = "select reason from kakunin.revocations((select key_id from kakunin.authorities)) where serial = %s"
     assert kit.ask(query, [agent.serial]) == "privilegeWithdrawn"
 
@@ -1117,8 +1121,9 @@ def test_no_decision_waits_for_a_critical_transaction_that_stays_open(
     with kit.bound(agent, isolation=isolation) as held, kit.bound(agent, isolation=isolation) as second:
         for session in (held, second):
             in_time(session)
-            for _ in range(4):
+            for _ in range(3):
                 append(session, ATTEMPT)
+            assert one(session, SERIAL) is None
         with kit.database.connect("operator", autocommit=True) as operator:
             in_time(operator)
             if settle == "before":
@@ -1314,7 +1319,7 @@ def test_spend_limits(kit: Kit) -> None:
             assert one(session, "select count(*) from agent_trades") == 5
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 session.execute("update agent_trades set amount_usd = 1")
-        with kit.database.connect("agent_1") as unbound, refused("KA004"):
+        with kit.database.connect("agent_1") as unbound, refused("42501"):
             unbound.execute(ORDER, [1, "XLON"])
 
 
@@ -1376,8 +1381,3 @@ def test_a_risk_policy_that_observes(kit: Kit) -> None:
         kit.call(agent, "select kakunin.require_risk_below('medium')")
     assert kit.call(agent, "select kakunin.require_risk_below('medium', observe => true)") is True
     assert kit.entries(agent)[-1]["metadata"]["code"] == "KA011"
-
-
-@functools.cache
-def documentation() -> str:
-    return (sql_dir().parent / "docs" / "risk.md").read_text()
