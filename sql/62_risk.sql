@@ -659,9 +659,10 @@ comment on function kakunin_private.risk_profile(uuid) is 'What check_risk_score
 create function kakunin.check_risk_score() returns jsonb
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_serial text collate "C" := kakunin.require_session();
 begin
-  return kakunin_private.risk_profile(
-    (select c.agent_id from kakunin_private.certificates c where c.serial = kakunin.require_session()));
+  return kakunin_private.risk_profile((select c.agent_id from kakunin_private.certificates c where c.serial = v_serial));
 end
 $$;
 comment on function kakunin.check_risk_score() is

@@ -362,7 +362,8 @@ def test_g5_a_binding_of_another_appends_nothing(vault: Vault) -> None:
         "grant kakunin_auditor to agent_1", "reassign owned by installer to agent_1",
         "drop owned by installer",
         "alter function kakunin.audit_log_append(text, jsonb, text, timestamptz) security invoker",
-        "create or replace function kakunin.audit_log_append(text, jsonb, text, timestamptz) returns jsonb language sql"
+        "create or replace function kakunin.audit_log_append(text, jsonb, text, timestamptz) returns jsonb"
+        " language sql"
         " return '{}'::jsonb",
         "create event trigger e on ddl_command_end"
         " execute function pg_catalog.suppress_redundant_updates_trigger()",

@@ -20,7 +20,10 @@ SCHEMAS = "('kakunin'::regnamespace, 'kakunin_private'::regnamespace)"
 ROLES = [f"kakunin_{name}" for name in ("agent", "auditor", "gateway", "operator", "registrar", "worker")]
 # What a policy may call, whether it asks or refuses.
 ASKED_BY_POLICIES = ["current_cert_serial", "current_agent_id", "has_scope"]
-RAISED_BY_POLICIES = ["require_session", "require_scope"]  # and require_risk_below() and require_spend(), which write
+RAISED_BY_POLICIES = [
+    "require_session",
+    "require_scope",
+]  # and require_risk_below() and require_spend(), which write
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +250,7 @@ WRITE = "kakunin_private.write_entry(kakunin_private.chains,uuid,text,uuid,text,
 def test_nothing_notifies_but_an_entry_of_an_agent_and_a_revocation(database: Database) -> None:
     """One lock for the whole cluster, which any login can hold up, and a queue that any login can fill.
 
-    So no notification is made where the queue is half full: NOTIFY fails where it is full, and the transaction with it.
+    So none is made where the queue is half full: where it is full NOTIFY fails, and the transaction with it.
     """
     assert callers(database, "perform ")
     notifying = {"kakunin_private.wake_worker()", "kakunin_private.notify_revocation(uuid)"}
@@ -415,8 +418,8 @@ SHADOWED_TABLES = [
     "pg_roles", "pg_class", "pg_policy", "pg_inherits", "pg_attribute", "pg_type", "pg_index", "agents",
     "certificates", "session_keys", "installation", "gateway_logins", "used_assertions", "pg_trigger",
     "ledger", "chains", "sleeper", "partitions", "tree", "tree_nodes", "tree_heads", "ledger_keys", "batches",
-    "leader", "exports", "kakunin_rows", "risk_settings", "risk_hours", "risk_known", "risk_reviews", "risk_stops",
-    "spending", "bound", "taken", "assessed",
+    "leader", "exports", "kakunin_rows", "risk_settings", "risk_hours", "risk_known", "risk_reviews",
+    "risk_stops", "spending", "bound", "taken", "assessed",
 ]  # fmt: skip
 # Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
 EXACT = [
@@ -517,7 +520,9 @@ VOLATILE_RESULT = re.compile(r"^kkn1\.\d+\.([0-9A-F:]+)\..*$")
 
 
 RISK = " operator(pg_catalog.-) '{event_id,recorded_at,sequence,chain,hash,prev}'::pg_catalog.text[]"
-TRADE = '{"amount_usd": 12.5, "venue": "XLON", "instrument": "GILT", "leverage": 2, "tool": "t", "table": "u"}'
+TRADE = (
+    '{"amount_usd": 12.5, "venue": "XLON", "instrument": "GILT", "leverage": 2, "tool": "t", "table": "u"}'
+)
 
 
 def agents_calls(agent: Agent, ticket: str) -> Calls:
@@ -551,7 +556,10 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
         ("select kakunin.require_spend(-5, observe => true)", []),
         ("select kakunin.require_risk_below('high')", []),
         ("select kakunin.require_risk_below('lower')", []),
-        ("select event_type, events, late, imported, amount_usd, events_30_days from kakunin.risk_by_hour", []),
+        (
+            "select event_type, events, late, imported, amount_usd, events_30_days from kakunin.risk_by_hour",
+            [],
+        ),
         ("select events, excess_30_days, trend from kakunin.risk_by_day", []),
         ("select event_type, events, excess, contribution from kakunin.risk_contributions", []),
         ("select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log", []),
