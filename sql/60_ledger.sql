@@ -53,7 +53,7 @@ comment on table kakunin_private.chains is 'The chains of the ledger and where e
 comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
 comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour, of hour_events events';
-comment on column kakunin_private.chains.drift is 'Excess that drift stands for, as worked out at the beginning of the hour';
+comment on column kakunin_private.chains.drift is 'Excess that drift stands for, at the beginning of the hour; it fades as well';
 comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
@@ -366,7 +366,7 @@ begin
   end if;
   if audit_log_append.occurred_at is not null then
     -- Clocks differ; what is further ahead would move the agent's hours.
-    if audit_log_append.occurred_at > v_now + interval '30 seconds' or audit_log_append.occurred_at < v_now - interval '30 days' then
+    if audit_log_append.occurred_at > v_now + interval '30 seconds' or audit_log_append.occurred_at < v_now - interval '720 hours' then
       raise exception using errcode = 'KA010',
         message = 'an event occurred within the last 30 days, and not later than now',
         hint = 'Compare the clocks. What is older an operator brings in with kakunin.import_events().';

@@ -44,14 +44,14 @@ create table kakunin_private.risk_settings (
   soft_limit      double precision not null default 0.82 check (soft_limit between 0 and 0.99),
   violation       double precision not null default 0.78 check (violation between 0 and 1),
   gross           double precision not null default 0.95 check (gross between 0 and 1),
-  gross_ratio     double precision not null default 10 check (gross_ratio > 1),
+  gross_ratio     double precision not null default 10 check (gross_ratio > 1 and gross_ratio < 'infinity'),
   rate_weight     double precision not null default 0.5 check (rate_weight between 0 and 0.99),
   amount_weight   double precision not null default 0.4 check (amount_weight between 0 and 0.99),
   rows_weight     double precision not null default 0.4 check (rows_weight between 0 and 0.99),
   novelty_weight  double precision not null default 0.25 check (novelty_weight between 0 and 0.99),
   malformed_weight double precision not null default 0.3 check (malformed_weight between 0 and 0.99),
   drift_weight    double precision not null default 0.75 check (drift_weight between 0 and 0.99),
-  rate_floor      double precision not null default 20 check (rate_floor >= 1),
+  rate_floor      double precision not null default 20 check (rate_floor >= 1 and rate_floor < 'infinity'),
   history_days    integer not null default 7 check (history_days between 1 and 30),
   check (0 < medium and medium < high and high < critical and critical < 1),
   check (violation < critical and gross >= critical)
@@ -197,9 +197,9 @@ create function kakunin_private.risk_drift(p_agent_id uuid, p_at timestamptz, ou
 language sql stable parallel safe
 begin atomic
   with hours as (
-    select h.event_type, h.hour >= p_at - interval '7 days' as recent, h.events, h.amounts, h.log_sum, h.log_square
+    select h.event_type, h.hour >= p_at - interval '168 hours' as recent, h.events, h.amounts, h.log_sum, h.log_square
       from kakunin_private.risk_hours h
-     where h.agent_id = p_agent_id and h.hour >= p_at - interval '30 days' and h.hour < p_at
+     where h.agent_id = p_agent_id and h.hour >= p_at - interval '720 hours' and h.hour < p_at
   ), types as (
     select t.event_type,
            t.recent / nullif(sum(t.recent) over (), 0) as p, t.before / nullif(sum(t.before) over (), 0) as q
@@ -245,13 +245,14 @@ comment on function kakunin_private.risk_drift(uuid, timestamptz) is
 
 -- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
 create function kakunin_private.roll(p_chain kakunin_private.chains, p_hour timestamptz) returns kakunin_private.chains
-language plpgsql volatile parallel unsafe set timezone = 'UTC'  -- how long 30 days are is not up to the session
+language plpgsql volatile parallel unsafe
 as $$
 declare
-  c_from   constant timestamptz := p_hour - interval '30 days';
+  c_from   constant timestamptz := p_hour - interval '720 hours';  -- days are those of the session's time zone, which the agent may set
   v_set    kakunin_private.risk_settings;
   v_other  record;
   v_rate   record;
+  v_faded  double precision;
 begin
   select * into v_set from kakunin_private.risk_settings s;
   insert into kakunin_private.risk_hours as h
@@ -262,6 +263,8 @@ begin
   on conflict (agent_id, hour, chain_id, event_type) do update
      set events = h.events + excluded.events, excess = h.excess + excluded.excess, amounts = h.amounts + excluded.amounts,
          amount_usd = h.amount_usd + excluded.amount_usd, log_sum = h.log_sum + excluded.log_sum, log_square = h.log_square + excluded.log_square;
+  -- It fades as all else does, so that no event makes less of it than time has.
+  v_faded := coalesce(p_chain.drift * kakunin_private.faded(p_chain.hour, p_hour, v_set.half_life), 0);
   p_chain.hour := p_hour;
   p_chain.counts := '{}';
   p_chain.hour_soft := 0;
@@ -271,7 +274,7 @@ begin
    where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.hour = p_hour limit 1;
   if found then
     p_chain.expected := v_other.expected;
-    p_chain.drift := v_other.drift;
+    p_chain.drift := greatest(v_faded, v_other.drift);
     return p_chain;
   end if;
   -- Of the same hour of the day and the ones beside it, the most there was; and what a growing agent does anyhow.
@@ -283,7 +286,7 @@ begin
             from kakunin_private.risk_hours g
            where g.agent_id = p_chain.agent_id and g.hour >= c_from and g.hour < p_hour
            group by g.hour having sum(g.events) > 0) h;
-  p_chain.expected := case when v_rate.since <= p_hour - make_interval(days => v_set.history_days)
+  p_chain.expected := case when v_rate.since <= p_hour - make_interval(hours => 24 * v_set.history_days)
     then greatest(v_set.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end;
   -- A chain that is new knows no amounts, but its agent has had some.
   if p_chain.amount_n < 30 and v_rate.amounts > 0 then
@@ -291,10 +294,10 @@ begin
     p_chain.amount_mean := v_rate.log_sum / v_rate.amounts;
     p_chain.amount_square := greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0);
   end if;
-  p_chain.drift := 0;
-  if v_rate.since <= p_hour - interval '14 days' then
-    p_chain.drift := kakunin_private.excess(0.5 + 0.5 * v_set.drift_weight
-      * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0));
+  p_chain.drift := v_faded;
+  if v_rate.since <= p_hour - interval '336 hours' then
+    p_chain.drift := greatest(v_faded, kakunin_private.excess(0.5 + 0.5 * v_set.drift_weight
+      * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0)));
   end if;
   return p_chain;
 end
@@ -330,6 +333,7 @@ declare
   v_total      double precision;
   v_other_hard double precision := 0::double precision;
   v_other_soft double precision := 0::double precision;
+  v_drift      double precision := 0::double precision;
   v_events     bigint := 0::bigint;
   v_spent      numeric := 0.0;
   v_malformed  boolean := false;
@@ -353,7 +357,7 @@ begin
   end if;
   -- The settings, and the agent's other chains; mostly there is none, and then none of this is worked out.
   for v_row in
-    select s as settings, c.risk_at, c.hard, c.soft, c.hour, c.hour_events, c.spent_on, c.spent_usd
+    select s as settings, c.risk_at, c.hard, c.soft, c.drift, c.hour, c.hour_events, c.spent_on, c.spent_usd
       from kakunin_private.risk_settings s
       left join kakunin_private.chains c
         on c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.risk_epoch = p_chain.risk_epoch
@@ -363,6 +367,7 @@ begin
       v_fade := kakunin_private.faded(v_row.risk_at, p_recorded_at, v_set.half_life);
       v_other_hard := v_other_hard + v_row.hard * v_fade;
       v_other_soft := v_other_soft + v_row.soft * v_fade;
+      v_drift := greatest(v_drift, v_row.drift * kakunin_private.faded(v_row.hour, p_recorded_at, v_set.half_life));
       v_events := v_events + case when v_row.hour = v_hour then v_row.hour_events else 0 end;
       v_spent := v_spent + case when v_row.spent_on = v_today then v_row.spent_usd else 0 end;
     end if;
@@ -505,7 +510,8 @@ begin
     + greatest(kakunin_private.excess(v_score) - kakunin_private.excess(v_hard) - p_chain.hour_soft, 0);
   p_chain.hour_soft := greatest(p_chain.hour_soft, kakunin_private.excess(v_score) - kakunin_private.excess(v_hard));
   v_total := kakunin_private.agent_score(
-    v_other_hard + p_chain.hard, v_other_soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
+    v_other_hard + p_chain.hard, v_other_soft + p_chain.soft,
+    greatest(v_drift, p_chain.drift * kakunin_private.faded(p_chain.hour, p_recorded_at, v_set.half_life)), p_bound.risk_factor, v_set.soft_limit);
 
   -- Where it is counted: events, excess, amounts, their sum, that of their logarithms and of those squared. As numeric, because
   -- the digits that a double precision has in JSON are up to the session (extra_float_digits).
@@ -539,6 +545,20 @@ $$;
 comment on function kakunin_private.assess(kakunin_private.chains, text, jsonb, kakunin_private.bound, timestamptz, timestamptz) is
   'Scores an event of the bound agent: what its chain is after it, and what is said of it';
 
+-- Another transaction of the agent may have made the name and stay open. Then it is left to that one, or to settle_risk():
+-- whoever takes a snapshot for every statement sees the row of risk_stops anyhow.
+create function kakunin_private.stop_at_once(p_name text) returns void
+language plpgsql volatile parallel unsafe set lock_timeout = '10ms'
+as $$
+begin
+  perform kakunin_private.stop(p_name);
+exception
+  when lock_not_available then
+    null;
+end
+$$;
+comment on function kakunin_private.stop_at_once(text) is 'stop(), but for a name that another transaction is just making';
+
 create function kakunin_private.react(p_chain kakunin_private.chains, p_serial text, p_risk jsonb, p_revoke boolean) returns jsonb
 language plpgsql volatile parallel unsafe
 as $$
@@ -552,12 +572,12 @@ begin
     perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
   end if;
   if p_revoke then
-    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
-    values (p_chain.agent_id, kakunin_private.clock(),
+    insert into kakunin_private.risk_stops (agent_id, chain_id, stopped_at, reason)
+    values (p_chain.agent_id, p_chain.chain_id, kakunin_private.clock(),
             format('risk score %s (%s), event score %s', p_risk ->> 'agent_score', p_risk ->> 'agent_band', p_risk ->> 'score'))
-    on conflict (agent_id) do nothing;
+    on conflict (agent_id, chain_id) do nothing;
     if found then
-      perform kakunin_private.stop('risk ' || p_chain.agent_id);
+      perform kakunin_private.stop_at_once('risk ' || p_chain.agent_id);
       perform kakunin_private.record('agent.revoked', p_chain.agent_id, v_known);
       perform kakunin_private.notify_revocation(p_chain.agent_id);
     end if;
@@ -581,8 +601,7 @@ begin atomic
   ), summed as (
     select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, m.at, s.half_life)), 0) as hard,
            coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, m.at, s.half_life)), 0) as soft,
-           -- Worked out by whichever chain was used last, and it says nothing of an agent that does nothing.
-           coalesce(max(c.drift) filter (where c.hour > m.at - interval '7 days'), 0) as drift,
+           coalesce(max(c.drift * kakunin_private.faded(c.hour, m.at, s.half_life)), 0) as drift,
            coalesce(sum(c.spent_usd) filter (where c.spent_on = date_bin('1 day', m.at, 'epoch')), 0) as spent,
            coalesce(bool_or(c.expected is not null), false) as established
       from moment m cross join kakunin_private.risk_settings s
@@ -612,17 +631,17 @@ declare
   v_types jsonb;
 begin
   v_risk := kakunin_private.risk_of(p_agent_id);
-  select coalesce(sum(h.excess) filter (where h.hour >= v_now - interval '1 day'), 0) as day,
-         coalesce(sum(h.excess) filter (where h.hour < v_now - interval '1 day' and h.hour >= v_now - interval '7 days'), 0) / 6 as before,
+  select coalesce(sum(h.excess) filter (where h.hour >= v_now - interval '24 hours'), 0) as day,
+         coalesce(sum(h.excess) filter (where h.hour < v_now - interval '24 hours' and h.hour >= v_now - interval '168 hours'), 0) / 6 as before,
          coalesce(sum(h.events), 0) as events
     into v_day
     from kakunin_private.risk_buckets h
-   where h.agent_id = p_agent_id and h.hour >= v_now - interval '30 days';
+   where h.agent_id = p_agent_id and h.hour >= v_now - interval '720 hours';
   select coalesce(jsonb_object_agg(t.event_type, jsonb_build_object('events', t.events, 'contribution', t.contribution)), '{}') into v_types
     from (select h.event_type, sum(h.events) as events,
                  round((sum(h.excess) / nullif(sum(sum(h.excess)) over (), 0))::numeric, 4) as contribution
             from kakunin_private.risk_buckets h
-           where h.agent_id = p_agent_id and h.hour >= v_now - interval '30 days'
+           where h.agent_id = p_agent_id and h.hour >= v_now - interval '720 hours'
            group by h.event_type) t;
   v_drift := kakunin_private.risk_drift(p_agent_id, v_now);
   return jsonb_build_object(
@@ -649,9 +668,10 @@ comment on function kakunin_private.risk_profile(uuid) is 'What check_risk_score
 create function kakunin.check_risk_score() returns jsonb
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_serial text collate "C" := kakunin.require_session();
 begin
-  return kakunin_private.risk_profile(
-    (select c.agent_id from kakunin_private.certificates c where c.serial = kakunin.require_session()));
+  return kakunin_private.risk_profile((select c.agent_id from kakunin_private.certificates c where c.serial = v_serial));
 end
 $$;
 comment on function kakunin.check_risk_score() is
@@ -805,7 +825,7 @@ begin
   select a.agent_id, a.risk_exempt into v_agent
     from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_serial;
   v_risk := kakunin_private.risk_of(v_agent.agent_id);
-  if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band) then
+  if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band collate "C") then
     return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
@@ -837,10 +857,11 @@ begin
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
     or exists (select from jsonb_each(case jsonb_typeof(settings -> 'base') when 'object' then settings -> 'base' else '{}' end) e
-                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999)
+                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999
+                   or scale((e.value::text)::numeric) > 6)
     or (select count(*) from jsonb_object_keys(settings -> 'base')) > 100) then
     raise exception using errcode = 'KA010',
-      message = 'base is an object of at most 100 event types and their scores from 0 to 0.999, "other" among them';
+      message = 'base is an object of at most 100 event types and their scores from 0 to 0.999 with at most six decimals, "other" among them';
   end if;
   begin
     v_after := jsonb_populate_record(v_before, settings);
@@ -895,7 +916,7 @@ begin
     return false;
   end if;
   if v_reason is null then
-    select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
+    select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id order by r.stopped_at limit 1;
     if not found then
       return false;
     end if;
@@ -924,7 +945,7 @@ begin
   -- Those that are stopped, and what the transactions of an agent added side by side. Nothing is put into risk_stops: an
   -- agent's open transaction may have its row there, and whoever adds another one waits for it.
   for v_agent in
-    select r.agent_id, null::double precision as score from kakunin_private.risk_stops r
+    select distinct r.agent_id, null::double precision as score from kakunin_private.risk_stops r
     union all
     select m.agent_id, r.score
       from (select c.agent_id
