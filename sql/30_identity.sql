@@ -117,11 +117,14 @@ comment on column kakunin_private.certificates.public_key_modulus is
 comment on column kakunin_private.certificates.revoked_at is
   'From this moment on it is revoked. It lies ahead where another certificate takes its place after an overlap';
 
--- Written in the agent's own transaction, which may stay open: so it locks nothing that an operator's decision needs.
+-- Written in the agent's own transaction, which may stay open: so it locks nothing that an operator's decision needs, nor
+-- another transaction of the agent, each of which has a chain of its own.
 create table kakunin_private.risk_stops (
-  agent_id   uuid primary key,
+  agent_id   uuid not null,
+  chain_id   bigint not null,
   stopped_at timestamptz not null,
-  reason     text not null
+  reason     text not null,
+  primary key (agent_id, chain_id)
 );
 comment on table kakunin_private.risk_stops is
   'Agents that their own score has revoked (62_risk.sql), until settle_risk() has revoked their certificates. No foreign key: checking one locks the agent''s row';
@@ -212,7 +215,7 @@ begin
       hint = 'Register it with kakunin.register_certificate(der), or check that this is the right database.';
   end if;
   select * into v_agent from kakunin_private.agents a where a.agent_id = v_certificate.agent_id;
-  select r.reason into v_risk from kakunin_private.risk_stops r where r.agent_id = v_certificate.agent_id;
+  select r.reason into v_risk from kakunin_private.risk_stops r where r.agent_id = v_certificate.agent_id order by r.stopped_at limit 1;
   if v_risk is not null or v_certificate.revoked_at <= v_now or kakunin_private.is_stopped('risk ' || v_certificate.agent_id) or kakunin_private.is_stopped(p_serial)
     or (v_certificate.revoked_at is null and not kakunin_private.snapshot_is_fresh()
         and kakunin_private.is_stopped('end ' || p_serial)) then

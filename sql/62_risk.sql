@@ -529,6 +529,20 @@ $$;
 comment on function kakunin_private.assess(kakunin_private.chains, text, jsonb, kakunin_private.bound, timestamptz, timestamptz) is
   'Scores an event of the bound agent: what its chain is after it, and what is said of it';
 
+-- Another transaction of the agent may have made the name and stay open. Then it is left to that one, or to settle_risk():
+-- whoever takes a snapshot for every statement sees the row of risk_stops anyhow.
+create function kakunin_private.stop_at_once(p_name text) returns void
+language plpgsql volatile parallel unsafe set lock_timeout = '10ms'
+as $$
+begin
+  perform kakunin_private.stop(p_name);
+exception
+  when lock_not_available then
+    null;
+end
+$$;
+comment on function kakunin_private.stop_at_once(text) is 'stop(), but for a name that another transaction is just making';
+
 create function kakunin_private.react(p_chain kakunin_private.chains, p_serial text, p_risk jsonb, p_revoke boolean) returns jsonb
 language plpgsql volatile parallel unsafe
 as $$
@@ -541,12 +555,12 @@ begin
     perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
   end if;
   if p_revoke then
-    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
-    values (p_chain.agent_id, kakunin_private.clock(),
+    insert into kakunin_private.risk_stops (agent_id, chain_id, stopped_at, reason)
+    values (p_chain.agent_id, p_chain.chain_id, kakunin_private.clock(),
             format('risk score %s (%s), event score %s', p_risk ->> 'agent_score', p_risk ->> 'agent_band', p_risk ->> 'score'))
-    on conflict (agent_id) do nothing;
+    on conflict (agent_id, chain_id) do nothing;
     if found then
-      perform kakunin_private.stop('risk ' || p_chain.agent_id);
+      perform kakunin_private.stop_at_once('risk ' || p_chain.agent_id);
       perform kakunin_private.record('agent.revoked', p_chain.agent_id, v_known);
       perform kakunin_private.notify_revocation(p_chain.agent_id);
     end if;
@@ -861,17 +875,19 @@ $$;
 comment on function kakunin.set_agent_risk(uuid, text, boolean, double precision) is
   'Exempts an agent from what its score would do, or has it judged more (above 1) or less severely. For kakunin_operator';
 
-create function kakunin_private.settle(p_agent_id uuid) returns boolean
+create function kakunin_private.settle(p_agent_id uuid, p_reason text default null) returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_stop kakunin_private.risk_stops;
+  v_reason text;
 begin
-  select * into v_stop from kakunin_private.risk_stops r where r.agent_id = p_agent_id for update skip locked;
-  if not found then
+  perform kakunin_private.lock_agent(p_agent_id);  -- before its stops are read, as reinstate_agent() does
+  select r.reason into v_reason from kakunin_private.risk_stops r where r.agent_id = p_agent_id order by r.stopped_at limit 1;
+  v_reason := coalesce(v_reason, p_reason);
+  if v_reason is null then
     return false;
   end if;
-  perform kakunin.suspend_agent(p_agent_id, v_stop.reason);
+  perform kakunin.suspend_agent(p_agent_id, v_reason);
   perform kakunin_private.revoke(
     array(select c.serial from kakunin_private.certificates c where c.agent_id = p_agent_id and c.not_after >= kakunin_private.clock()),
     'privilegeWithdrawn');
@@ -879,7 +895,8 @@ begin
   return true;
 end
 $$;
-comment on function kakunin_private.settle(uuid) is 'Suspends an agent that its score has stopped and revokes its certificates; false where there is no stop';
+comment on function kakunin_private.settle(uuid, text) is
+  'Suspends an agent that its score has stopped, or that has to be for this reason, and revokes its certificates; false where there is no stop';
 
 create function kakunin.settle_risk() returns integer
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -899,12 +916,12 @@ begin
            lateral kakunin_private.risk_of(m.agent_id) r
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
   loop
-    insert into kakunin_private.risk_stops (agent_id, stopped_at, reason)
-    values (v_agent.agent_id, kakunin_private.clock(), format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)))
-    on conflict (agent_id) do nothing;
     perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
+    if kakunin_private.settle(v_agent.agent_id, format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4))) then
+      v_settled := v_settled + 1;
+    end if;
   end loop;
-  for v_agent in select r.agent_id from kakunin_private.risk_stops r order by r.agent_id loop
+  for v_agent in select distinct r.agent_id from kakunin_private.risk_stops r order by r.agent_id loop
     if kakunin_private.settle(v_agent.agent_id) then
       v_settled := v_settled + 1;
     end if;
