@@ -52,7 +52,7 @@ comment on table kakunin_private.chains is 'The chains of the ledger and where e
 comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID for decisions, and the one of ones for changes of a table by others than agents';
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
 comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour';
-comment on column kakunin_private.chains.drift is 'Excess that drift stands for, as worked out at the beginning of the hour';
+comment on column kakunin_private.chains.drift is 'Excess that drift stands for, at the beginning of the hour; it fades as well';
 comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';

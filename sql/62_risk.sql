@@ -284,6 +284,7 @@ declare
   c_from   constant timestamptz := p_hour - interval '30 days';
   v_other  record;
   v_rate   record;
+  v_faded  double precision;
 begin
   insert into kakunin_private.risk_hours as h
     (agent_id, hour, chain_id, event_type, events, excess, amounts, amount_usd, log_sum, log_square)
@@ -293,6 +294,8 @@ begin
   on conflict (agent_id, hour, chain_id, event_type) do update
      set events = h.events + excluded.events, excess = h.excess + excluded.excess, amounts = h.amounts + excluded.amounts,
          amount_usd = h.amount_usd + excluded.amount_usd, log_sum = h.log_sum + excluded.log_sum, log_square = h.log_square + excluded.log_square;
+  -- It fades as all else does, so that no event makes less of it than time has.
+  v_faded := p_chain.drift * kakunin_private.faded(p_chain.hour, p_hour, p_settings.half_life);
   p_chain.hour := p_hour;
   p_chain.counts := '{}';
   p_chain.hour_soft := 0;
@@ -301,7 +304,7 @@ begin
    where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.hour = p_hour limit 1;
   if found then
     p_chain.expected := v_other.expected;
-    p_chain.drift := v_other.drift;
+    p_chain.drift := greatest(v_faded, v_other.drift);
     return;
   end if;
   -- Of the same hour of the day and the ones beside it, the most there was; and what a growing agent does anyhow.
@@ -321,10 +324,10 @@ begin
     p_chain.amount_mean := v_rate.log_sum / v_rate.amounts;
     p_chain.amount_square := greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0);
   end if;
-  p_chain.drift := 0;
-  if v_rate.since <= p_hour - interval '14 days' then
-    p_chain.drift := kakunin_private.excess(0.5 + 0.5 * p_settings.drift_weight
-      * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0));
+  p_chain.drift := v_faded;
+  if v_rate.since <= p_hour - interval '336 hours' then
+    p_chain.drift := greatest(v_faded, kakunin_private.excess(0.5 + 0.5 * p_settings.drift_weight
+      * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0)));
   end if;
 end
 $$;
@@ -383,6 +386,7 @@ begin
   select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as hard,
          coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as soft,
          coalesce(sum((select sum((e.value ->> 0)::bigint) from jsonb_each(c.counts) e)) filter (where c.hour = v_hour), 0) as events,
+         coalesce(max(c.drift * kakunin_private.faded(c.hour, p_recorded_at, v_set.half_life)), 0) as drift,
          coalesce(sum(c.spent_usd) filter (where c.spent_on = v_today), 0) as spent
     into v_others
     from kakunin_private.chains c
@@ -494,7 +498,9 @@ begin
   p_chain.soft := p_chain.soft + greatest(v_soft - p_chain.hour_soft, 0);
   p_chain.hour_soft := greatest(p_chain.hour_soft, v_soft);
   v_total := kakunin_private.agent_score(
-    v_others.hard + p_chain.hard, v_others.soft + p_chain.soft, p_chain.drift, p_bound.risk_factor, v_set.soft_limit);
+    v_others.hard + p_chain.hard, v_others.soft + p_chain.soft,
+    greatest(v_others.drift, p_chain.drift * kakunin_private.faded(p_chain.hour, p_recorded_at, v_set.half_life)),
+    p_bound.risk_factor, v_set.soft_limit);
 
   -- Where it is counted.
   if p_occurred_at < v_hour then
@@ -584,8 +590,7 @@ begin atomic
   ), summed as (
     select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, m.at, s.half_life)), 0) as hard,
            coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, m.at, s.half_life)), 0) as soft,
-           -- Worked out by whichever chain was used last, and it says nothing of an agent that does nothing.
-           coalesce(max(c.drift) filter (where c.hour > m.at - interval '7 days'), 0) as drift,
+           coalesce(max(c.drift * kakunin_private.faded(c.hour, m.at, s.half_life)), 0) as drift,
            coalesce(sum(c.spent_usd) filter (where c.spent_on = date_bin('1 day', m.at, 'epoch')), 0) as spent,
            coalesce(bool_or(c.expected is not null), false) as established
       from moment m cross join kakunin_private.risk_settings s
