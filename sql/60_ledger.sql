@@ -55,7 +55,7 @@ comment on column kakunin_private.chains.hard is 'Excess of its events at risk_a
 comment on column kakunin_private.chains.drift is 'Excess that drift stands for, at the beginning of the hour; it fades as well';
 comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
 comment on column kakunin_private.chains.counts is
-  'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
+  'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared; events that are late';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
 comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise';
 comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';

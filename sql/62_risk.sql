@@ -385,7 +385,7 @@ begin
   end if;
   select coalesce(sum(c.hard * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as hard,
          coalesce(sum(c.soft * kakunin_private.faded(c.risk_at, p_recorded_at, v_set.half_life)), 0) as soft,
-         coalesce(sum((select sum((e.value ->> 0)::bigint) from jsonb_each(c.counts) e)) filter (where c.hour = v_hour), 0) as events,
+         coalesce(sum((select sum((e.value ->> 0)::bigint + (e.value ->> 6)::bigint) from jsonb_each(c.counts) e)) filter (where c.hour = v_hour), 0) as events,
          coalesce(max(c.drift * kakunin_private.faded(c.hour, p_recorded_at, v_set.half_life)), 0) as drift,
          coalesce(sum(c.spent_usd) filter (where c.spent_on = v_today), 0) as spent
     into v_others
@@ -435,7 +435,7 @@ begin
   v_counts := p_chain.counts -> v_type;
   if p_chain.expected is not null then
     v_part := v_set.rate_weight * (1 - least(p_chain.expected / (1 + v_others.events
-      + coalesce((select sum((e.value ->> 0)::bigint) from jsonb_each(p_chain.counts) e), 0)), 1));
+      + coalesce((select sum((e.value ->> 0)::bigint + (e.value ->> 6)::bigint) from jsonb_each(p_chain.counts) e), 0)), 1));
     if v_part >= 0.01 then
       v_factors := v_factors || jsonb_build_object('rate', round(v_part::numeric, 3));
       v_score := 1 - (1 - v_score) * (1 - v_part);
@@ -508,13 +508,15 @@ begin
     values (p_chain.agent_id, date_bin('1 hour', p_occurred_at, 'epoch'), p_chain.chain_id, v_type, 0, 1)
     on conflict (agent_id, hour, chain_id, event_type) do update set late = h.late + 1;
   end if;
+  -- As numeric: how a double precision is written depends on extra_float_digits, which the agent may set.
   p_chain.counts := p_chain.counts || jsonb_build_object(v_type, jsonb_build_array(
     coalesce((v_counts ->> 0)::bigint, 0) + case when p_occurred_at < v_hour then 0 else 1 end,
-    coalesce((v_counts ->> 1)::double precision, 0) + kakunin_private.excess(v_score),
+    (coalesce((v_counts ->> 1)::double precision, 0) + kakunin_private.excess(v_score))::numeric,
     coalesce((v_counts ->> 2)::bigint, 0) + case when v_amount.value > 0 then 1 else 0 end,
     coalesce((v_counts ->> 3)::numeric, 0) + coalesce(v_amount.value, 0),
-    coalesce((v_counts ->> 4)::double precision, 0) + coalesce(v_log, 0),
-    coalesce((v_counts ->> 5)::double precision, 0) + coalesce(v_log * v_log, 0)));
+    (coalesce((v_counts ->> 4)::double precision, 0) + coalesce(v_log, 0))::numeric,
+    (coalesce((v_counts ->> 5)::double precision, 0) + coalesce(v_log * v_log, 0))::numeric,
+    coalesce((v_counts ->> 6)::bigint, 0) + case when p_occurred_at < v_hour then 1 else 0 end));
 
   v_band := kakunin_private.risk_band(v_score, v_set);
   v_agent_band := kakunin_private.risk_band(v_total, v_set);
