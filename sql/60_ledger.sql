@@ -358,7 +358,7 @@ begin
   end if;
   if audit_log_append.occurred_at is not null then
     -- Clocks differ; what is further ahead would move the agent's hours.
-    if audit_log_append.occurred_at > v_now + interval '30 seconds' or audit_log_append.occurred_at < v_now - interval '30 days' then
+    if audit_log_append.occurred_at > v_now + interval '30 seconds' or audit_log_append.occurred_at < v_now - interval '720 hours' then
       raise exception using errcode = 'KA010',
         message = 'an event occurred within the last 30 days, and not later than now',
         hint = 'Compare the clocks. What is older an operator brings in with kakunin.import_events().';

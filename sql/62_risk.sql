@@ -230,9 +230,9 @@ create function kakunin_private.risk_drift(p_agent_id uuid, p_at timestamptz, ou
 language sql stable parallel safe
 begin atomic
   with hours as (
-    select h.event_type, h.hour >= p_at - interval '7 days' as recent, h.events, h.amounts, h.log_sum, h.log_square
+    select h.event_type, h.hour >= p_at - interval '168 hours' as recent, h.events, h.amounts, h.log_sum, h.log_square
       from kakunin_private.risk_hours h
-     where h.agent_id = p_agent_id and h.hour >= p_at - interval '30 days' and h.hour < p_at
+     where h.agent_id = p_agent_id and h.hour >= p_at - interval '720 hours' and h.hour < p_at
   ), types as (
     select t.event_type,
            t.recent / nullif(sum(t.recent) over (), 0) as p, t.before / nullif(sum(t.before) over (), 0) as q
@@ -281,7 +281,7 @@ create function kakunin_private.roll(inout p_chain kakunin_private.chains, p_hou
 language plpgsql volatile parallel unsafe
 as $$
 declare
-  c_from   constant timestamptz := p_hour - interval '30 days';
+  c_from   constant timestamptz := p_hour - interval '720 hours';  -- days are those of the session's time zone, which the agent may set
   v_other  record;
   v_rate   record;
   v_faded  double precision;
@@ -316,7 +316,7 @@ begin
             from kakunin_private.risk_hours g
            where g.agent_id = p_chain.agent_id and g.hour >= c_from and g.hour < p_hour
            group by g.hour having sum(g.events) > 0) h;
-  p_chain.expected := case when v_rate.since <= p_hour - make_interval(days => p_settings.history_days)
+  p_chain.expected := case when v_rate.since <= p_hour - make_interval(hours => 24 * p_settings.history_days)
     then greatest(p_settings.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end;
   -- A chain that is new knows no amounts, but its agent has had some.
   if p_chain.amount_n < 30 and v_rate.amounts > 0 then
@@ -622,17 +622,17 @@ declare
   v_types jsonb;
 begin
   v_risk := kakunin_private.risk_of(p_agent_id);
-  select coalesce(sum(h.excess) filter (where h.hour >= v_now - interval '1 day'), 0) as day,
-         coalesce(sum(h.excess) filter (where h.hour < v_now - interval '1 day' and h.hour >= v_now - interval '7 days'), 0) / 6 as before,
+  select coalesce(sum(h.excess) filter (where h.hour >= v_now - interval '24 hours'), 0) as day,
+         coalesce(sum(h.excess) filter (where h.hour < v_now - interval '24 hours' and h.hour >= v_now - interval '168 hours'), 0) / 6 as before,
          coalesce(sum(h.events), 0) as events
     into v_day
     from kakunin_private.risk_buckets h
-   where h.agent_id = p_agent_id and h.hour >= v_now - interval '30 days';
+   where h.agent_id = p_agent_id and h.hour >= v_now - interval '720 hours';
   select coalesce(jsonb_object_agg(t.event_type, jsonb_build_object('events', t.events, 'contribution', t.contribution)), '{}') into v_types
     from (select h.event_type, sum(h.events) as events,
                  round((sum(h.excess) / nullif(sum(sum(h.excess)) over (), 0))::numeric, 4) as contribution
             from kakunin_private.risk_buckets h
-           where h.agent_id = p_agent_id and h.hour >= v_now - interval '30 days'
+           where h.agent_id = p_agent_id and h.hour >= v_now - interval '720 hours'
            group by h.event_type) t;
   v_drift := kakunin_private.risk_drift(p_agent_id, v_now);
   return jsonb_build_object(
