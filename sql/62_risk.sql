@@ -44,14 +44,14 @@ create table kakunin_private.risk_settings (
   soft_limit      double precision not null default 0.82 check (soft_limit between 0 and 0.99),
   violation       double precision not null default 0.78 check (violation between 0 and 1),
   gross           double precision not null default 0.95 check (gross between 0 and 1),
-  gross_ratio     double precision not null default 10 check (gross_ratio > 1),
+  gross_ratio     double precision not null default 10 check (gross_ratio > 1 and gross_ratio < 'infinity'),
   rate_weight     double precision not null default 0.5 check (rate_weight between 0 and 0.99),
   amount_weight   double precision not null default 0.4 check (amount_weight between 0 and 0.99),
   rows_weight     double precision not null default 0.4 check (rows_weight between 0 and 0.99),
   novelty_weight  double precision not null default 0.25 check (novelty_weight between 0 and 0.99),
   malformed_weight double precision not null default 0.3 check (malformed_weight between 0 and 0.99),
   drift_weight    double precision not null default 0.75 check (drift_weight between 0 and 0.99),
-  rate_floor      double precision not null default 20 check (rate_floor >= 1),
+  rate_floor      double precision not null default 20 check (rate_floor >= 1 and rate_floor < 'infinity'),
   history_days    integer not null default 7 check (history_days between 1 and 30),
   check (0 < medium and medium < high and high < critical and critical < 1),
   check (violation < critical and gross >= critical)
@@ -836,10 +836,11 @@ begin
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
     or exists (select from jsonb_each(case jsonb_typeof(settings -> 'base') when 'object' then settings -> 'base' else '{}' end) e
-                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999)
+                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999
+                   or scale((e.value::text)::numeric) > 6)
     or (select count(*) from jsonb_object_keys(settings -> 'base')) > 100) then
     raise exception using errcode = 'KA010',
-      message = 'base is an object of at most 100 event types and their scores from 0 to 0.999, "other" among them';
+      message = 'base is an object of at most 100 event types and their scores from 0 to 0.999 with at most six decimals, "other" among them';
   end if;
   begin
     v_after := jsonb_populate_record(v_before, settings);
