@@ -33,6 +33,7 @@
 --   KA003 outside its validity      KA008 agent suspended
 --   KA004 assertion or ticket       KA009 spend limit
 --   KA005 outside certified scope   KA010 bad input
+--   KA011 risk too high
 
 -- The files of this folder are applied in name order in one transaction (psql -1, or `kakunin-db migrate`).
 -- Names below resolve here and nowhere else, whatever search_path the installing session came with.

@@ -659,9 +659,10 @@ comment on function kakunin_private.risk_profile(uuid) is 'What check_risk_score
 create function kakunin.check_risk_score() returns jsonb
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_serial text collate "C" := kakunin.require_session();
 begin
-  return kakunin_private.risk_profile(
-    (select c.agent_id from kakunin_private.certificates c where c.serial = kakunin.require_session()));
+  return kakunin_private.risk_profile((select c.agent_id from kakunin_private.certificates c where c.serial = v_serial));
 end
 $$;
 comment on function kakunin.check_risk_score() is
@@ -804,7 +805,7 @@ begin
   select a.agent_id, a.risk_exempt into v_agent
     from kakunin_private.certificates c join kakunin_private.agents a on a.agent_id = c.agent_id where c.serial = v_serial;
   v_risk := kakunin_private.risk_of(v_agent.agent_id);
-  if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band) then
+  if not v_agent.risk_exempt and array_position(c_bands, v_risk.band) >= array_position(c_bands, require_risk_below.band collate "C") then
     return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
