@@ -361,8 +361,9 @@ def test_g5_a_binding_of_another_appends_nothing(vault: Vault) -> None:
         "set role kakunin_operator",
         "grant kakunin_auditor to agent_1", "reassign owned by installer to agent_1",
         "drop owned by installer",
-        "alter function kakunin.audit_log_append(text, jsonb, text) security invoker",
-        "create or replace function kakunin.audit_log_append(text, jsonb, text) returns jsonb language sql"
+        "alter function kakunin.audit_log_append(text, jsonb, text, timestamptz) security invoker",
+        "create or replace function kakunin.audit_log_append(text, jsonb, text, timestamptz) returns jsonb"
+        " language sql"
         " return '{}'::jsonb",
         "create event trigger e on ddl_command_end"
         " execute function pg_catalog.suppress_redundant_updates_trigger()",
@@ -903,7 +904,7 @@ def test_g5_an_auditor_writes_nothing_but_that_it_has_read(database: Database) -
     may = {
         "inclusion_proof", "consistency_proof", "ledger_leaves", "frontier", "unsealed_entries",
         "stray_entries", "ledger_status", "installation_id", "normalize_serial", "verify_certificate",
-        "verify_message", "crls_due", "revocations", "current_agent_id",
+        "verify_message", "crls_due", "revocations", "current_agent_id", "agent_risk",
     }  # fmt: skip
     recording = {"record_read", "record_export"}
     callable_ = database.run(

@@ -20,7 +20,10 @@ SCHEMAS = "('kakunin'::regnamespace, 'kakunin_private'::regnamespace)"
 ROLES = [f"kakunin_{name}" for name in ("agent", "auditor", "gateway", "operator", "registrar", "worker")]
 # What a policy may call, whether it asks or refuses.
 ASKED_BY_POLICIES = ["current_cert_serial", "current_agent_id", "has_scope"]
-RAISED_BY_POLICIES = ["require_session", "require_scope"]
+RAISED_BY_POLICIES = [
+    "require_session",
+    "require_scope",
+]  # and require_risk_below() and require_spend(), which write
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,7 @@ def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
         " from RELATIONS c, aclexplode(relacl) g where g.grantee <> relowner"
     )
     readers = {"kakunin_auditor", "kakunin_operator", "kakunin_registrar"}
+    risk = {"kakunin_agent", "kakunin_gateway", "kakunin_operator", "kakunin_auditor"}
     views = {
         "agents": readers,
         "certificates": readers,
@@ -87,6 +91,8 @@ def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
         "chains": {"kakunin_auditor"},
         "ledger_keys": ROLES,
         "tree_heads": ROLES,
+        **dict.fromkeys(("risk_by_hour", "risk_by_day", "risk_contributions"), risk),
+        "risk_reviews": {"kakunin_auditor", "kakunin_operator"},
     }
     assert set(catalog(granted)) == {f"{view} {role} SELECT" for view in views for role in views[view]}
     columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
@@ -232,19 +238,27 @@ def callers(database: Database, pattern: str) -> set[str]:
         f" from pg_proc p where pronamespace in {SCHEMAS}"
     )
     rows = database.run("postgres", query)
-    return {name for name, body in rows if re.search(pattern, re.sub("--.*", "", body), re.IGNORECASE)}
+    flags = re.IGNORECASE | re.DOTALL
+    return {name for name, body in rows if re.search(pattern, re.sub("--.*", "", body), flags)}
 
 
 APPEND = "kakunin_private.append(text,uuid,text,text,text,uuid)"
+AUDIT_LOG_APPEND = "kakunin.audit_log_append(text,jsonb,text,timestamp with time zone)"
+WRITE = "kakunin_private.write_entry(kakunin_private.chains,uuid,text,uuid,text,text,text)"
 
 
-def test_nothing_notifies_but_an_entry_of_an_agent(database: Database) -> None:
-    """One lock for the whole cluster, which any login can hold up, and a queue that any login can fill."""
+def test_nothing_notifies_but_an_entry_of_an_agent_and_a_revocation(database: Database) -> None:
+    """One lock for the whole cluster, which any login can hold up, and a queue that any login can fill.
+
+    So none is made where the queue is half full: where it is full NOTIFY fails, and the transaction with it.
+    """
     assert callers(database, "perform ")
-    assert callers(database, r"\b(pg_)?notify\b") == {"kakunin_private.wake_worker()"}
-    assert callers(database, "wake_worker") == {APPEND}
+    notifying = {"kakunin_private.wake_worker()", "kakunin_private.notify_revocation(uuid)"}
+    assert callers(database, r"\bpg_notify\b|\bnotify (?!a human)") == notifying
+    assert callers(database, r"if pg_notification_queue_usage\(\) < 0\.5 then\s.*\bpg_notify\b") == notifying
+    assert callers(database, r"\bpg_notify\b.*\bpg_notify\b") == set()
+    assert callers(database, "wake_worker") == {APPEND, AUDIT_LOG_APPEND}
     assert callers(database, r"kakunin_private\.append\b") == {
-        "kakunin.audit_log_append(text,jsonb,text)",
         "kakunin.record_changes()",
         "kakunin_private.record(text,uuid,jsonb)",
     }
@@ -255,12 +269,13 @@ def test_nothing_notifies_but_an_entry_of_an_agent(database: Database) -> None:
     )
     # What is decided goes to the chains of nobody, and those wake nobody.
     nobody = "'00000000-0000-0000-0000-000000000000'"
-    assert "if v_asleep and p_serial is not null then" in append
+    assert "if v_taken.asleep and p_serial is not null then" in append
     assert append.count("wake_worker") == 1
     assert record.count("kakunin_private.append(") == 1
     assert nobody in record
     # And no function takes its own way to the table.
-    assert callers(database, r"insert into kakunin_private\.ledger\b") == {APPEND}
+    assert callers(database, r"insert into kakunin_private\.ledger\b") == {WRITE}
+    assert callers(database, r"kakunin_private\.write_entry\b") == {APPEND, AUDIT_LOG_APPEND}
 
 
 def test_no_decision_notifies_and_an_agents_entry_does(cluster: Any) -> None:
@@ -403,7 +418,8 @@ SHADOWED_TABLES = [
     "pg_roles", "pg_class", "pg_policy", "pg_inherits", "pg_attribute", "pg_type", "pg_index", "agents",
     "certificates", "session_keys", "installation", "gateway_logins", "used_assertions", "pg_trigger",
     "ledger", "chains", "sleeper", "partitions", "tree", "tree_nodes", "tree_heads", "ledger_keys", "batches",
-    "leader", "exports", "kakunin_rows",
+    "leader", "exports", "kakunin_rows", "risk_settings", "risk_hours", "risk_known", "risk_reviews",
+    "risk_stops", "spending", "bound", "taken", "assessed",
 ]  # fmt: skip
 # Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
 EXACT = [
@@ -503,6 +519,12 @@ Calls = list[tuple[str, list[Any]]]
 VOLATILE_RESULT = re.compile(r"^kkn1\.\d+\.([0-9A-F:]+)\..*$")
 
 
+RISK = " operator(pg_catalog.-) '{event_id,recorded_at,sequence,chain,hash,prev}'::pg_catalog.text[]"
+TRADE = (
+    '{"amount_usd": 12.5, "venue": "XLON", "instrument": "GILT", "leverage": 2, "tool": "t", "table": "u"}'
+)
+
+
 def agents_calls(agent: Agent, ticket: str) -> Calls:
     return [
         ("select kakunin.installation_id()", []),
@@ -524,6 +546,22 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
         ("select kakunin.require_scope('orders:write')", []),
         ("select kakunin.require_scope('vault:write')", []),
         ("select pg_catalog.jsonb_typeof(kakunin.audit_log_append('x', '{\"a\": 1}', 's'))", []),
+        ("select kakunin.audit_log_append('transaction_initiated', %s)" + RISK, [TRADE]),
+        ("select kakunin.audit_log_append('api_call', '{\"rows\": \"x\"}')" + RISK, []),
+        ("select kakunin.check_risk_score()", []),
+        ("select kakunin.verify_agent_scope('orders:write', 5, 'XLON', 'GILT', 2)", []),
+        ("select kakunin.verify_agent_scope('vault:write', 1e30)", []),
+        ("select kakunin.require_spend(5, 'XLON', 'GILT', 2)", []),
+        ("select kakunin.require_spend(-5)", []),
+        ("select kakunin.require_spend(-5, observe => true)", []),
+        ("select kakunin.require_risk_below('high')", []),
+        ("select kakunin.require_risk_below('lower')", []),
+        (
+            "select event_type, events, late, imported, amount_usd, events_30_days from kakunin.risk_by_hour",
+            [],
+        ),
+        ("select events, excess_30_days, trend from kakunin.risk_by_day", []),
+        ("select event_type, events, excess, contribution from kakunin.risk_contributions", []),
         ("select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log", []),
         ("select kakunin.inclusion_proof(1)", []),
         ("select tree_size, root from kakunin.tree_heads", []),
@@ -539,6 +577,9 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
 @functools.cache
 def ledger_signer() -> LocalSigner:
     return LocalSigner.generate()
+
+
+IMPORTED = '[{"occurred_at": "2026-01-01T00:00:00Z", "event_type": "x", "metadata": {"amount_usd": 5}}]'
 
 
 def servers_calls(login: str, agent: Agent) -> Calls:
@@ -593,6 +634,16 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
             ("select kakunin.make_partitions('4 months')", []),
             ("select kakunin.archive_partition('ledger_200001')", []),
+            ("select kakunin.import_events(%s, %s)", [agent.agent_id, IMPORTED]),
+            ("select kakunin.import_events(%s, '[{}]')", [agent.agent_id]),
+            ("select kakunin.agent_risk(%s)", [agent.agent_id]),
+            ("select kakunin.set_risk('{\"half_life\": \"12 hours\", \"base\": {\"other\": 0.5}}')", []),
+            ("select kakunin.set_risk('{\"high\": 2}')", []),
+            ("select kakunin.set_agent_risk(%s, 'why', true, 2)", [agent.agent_id]),
+            ("select kakunin.review_risk(0, 'seen')", []),
+            ("select kakunin.settle_risk()", []),
+            ("select * from kakunin.risk_reviews", []),
+            ("select pg_catalog.count(*) from kakunin.risk_contributions", []),
         ],
         "worker": [
             ("select kakunin.lead_ledger(%s, 'w')", [agent.agent_id]),
@@ -602,6 +653,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.publish_tree_head(%s, 0, %s, %s)", [size, key_id, signature]),
             ("select kakunin.publish_tree_head(1, 0, %s, %s)", [key_id, signature]),
             ("select kakunin.sleep_ledger()", []),
+            ("select kakunin.settle_risk()", []),
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
             ("select kakunin.make_partitions('4 months')", []),
         ],
@@ -613,6 +665,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ),
             ("select chain, head from kakunin.chains", []),
             ("select kakunin.current_agent_id()", []),
+            ("select kakunin.agent_risk(%s)", [agent.agent_id]),
             ("select kakunin.inclusion_proof(1)", []),
             ("select kakunin.inclusion_proof(1, %s)", [size]),
             ("select kakunin.inclusion_proof(null)", []),
