@@ -28,7 +28,7 @@ create table kakunin_private.chains (
   head     bytea not null,  -- no checks here: they are parsed anew by every append
   -- What the events appended to it add to the risk of their agent: 62_risk.sql.
   risk_epoch    integer not null default 0,
-  risk_at       timestamptz not null default '-infinity',
+  risk_at       timestamptz not null default 'epoch',  -- not infinite: before 17 that cannot be subtracted
   hard          double precision not null default 0,
   soft          double precision not null default 0,
   drift         double precision not null default 0,
