@@ -3758,10 +3758,10 @@ comment on function kakunin_private.agent_score(double precision, double precisi
   'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
 
 -- What a caller wrote, whatever it wrote: NULL where it is no number, or none that an amount could be.
-create function kakunin_private.number_in(p_object jsonb, p_name text) returns numeric
+create function kakunin_private.number_of(p_text text) returns numeric
 language sql immutable parallel safe
-return case when p_object ->> p_name ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then (p_object ->> p_name)::numeric end;
-comment on function kakunin_private.number_in(jsonb, text) is 'This member as a number from zero to below 10^18, or NULL';
+return case when p_text ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then p_text::numeric end;
+comment on function kakunin_private.number_of(text) is 'The number from zero to below 10^18 that this text is, or NULL';
 
 create function kakunin_private.known_digest(p_kind text, p_value text) returns bytea
 language sql immutable parallel safe
@@ -3785,15 +3785,15 @@ language sql immutable parallel safe
 begin atomic
   select l.violation, l.ratio, l.reason
     from (select 'amount', p_amount / nullif(m.value, 0), format('amount %s exceeds max_single_trade_usd %s', left(p_amount::text, 40), left(p_scope ->> 'max_single_trade_usd', 40))
-            from (select kakunin_private.number_in(p_scope, 'max_single_trade_usd')) m(value)
+            from (select kakunin_private.number_of(p_scope ->> 'max_single_trade_usd')) m(value)
            where p_scope ? 'max_single_trade_usd' and p_amount > coalesce(m.value, 0)
           union all
           select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', left((p_spent + p_amount)::text, 40), left(p_scope ->> 'max_daily_usd', 40))
-            from (select kakunin_private.number_in(p_scope, 'max_daily_usd')) m(value)
+            from (select kakunin_private.number_of(p_scope ->> 'max_daily_usd')) m(value)
            where p_scope ? 'max_daily_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
           union all
           select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', left(p_leverage::text, 40), left(p_scope ->> 'max_leverage', 40))
-            from (select kakunin_private.number_in(p_scope, 'max_leverage')) m(value)
+            from (select kakunin_private.number_of(p_scope ->> 'max_leverage')) m(value)
            where p_scope ? 'max_leverage' and p_leverage > coalesce(m.value, 0)
           union all
           select 'venue', 1, format('venue %s is not in permitted_venues', quote_literal(left(p_venue, 100)))
@@ -3998,32 +3998,20 @@ begin
   if jsonb_typeof(p_metadata) is distinct from 'object' then
     v_malformed := true;
   elsif p_metadata <> '{}' then
-    select coalesce(m.amount_usd, m."amountUsd") as amount, coalesce(m.rows, m.row_count) as row_count, m.leverage, m.venue,
+    select m.amount_usd, m."amountUsd" as amount_usd_2, m.rows, m.row_count, m.leverage, m.venue,
            coalesce(m.instrument, m.symbol) as instrument, coalesce(m.tool, m.action) as tool, m."table" as relation
       into v_given
       from jsonb_to_record(p_metadata) as m(
         amount_usd text, "amountUsd" text, rows text, row_count text, leverage text, venue text, instrument text, symbol text,
         tool text, action text, "table" text);
-    if v_given.amount is not null then
-      if v_given.amount ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
-        v_amount := v_given.amount::numeric;
-      else
-        v_malformed := true;
-      end if;
-    end if;
-    if v_given.row_count is not null then
-      if v_given.row_count ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
-        v_rows := v_given.row_count::numeric;
-      else
-        v_malformed := true;
-      end if;
-    end if;
-    if v_given.leverage is not null then
-      if v_given.leverage ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then
-        v_leverage := v_given.leverage::numeric;
-      else
-        v_malformed := true;
-      end if;
+    if num_nonnulls(v_given.amount_usd, v_given.amount_usd_2, v_given.rows, v_given.row_count, v_given.leverage) > 0 then
+      -- Of two spellings the larger counts.
+      v_amount := greatest(kakunin_private.number_of(v_given.amount_usd), kakunin_private.number_of(v_given.amount_usd_2));
+      v_rows := greatest(kakunin_private.number_of(v_given.rows), kakunin_private.number_of(v_given.row_count));
+      v_leverage := kakunin_private.number_of(v_given.leverage);
+      v_malformed := num_nonnulls(v_given.amount_usd, v_given.amount_usd_2, v_given.rows, v_given.row_count, v_given.leverage)
+        > num_nonnulls(kakunin_private.number_of(v_given.amount_usd), kakunin_private.number_of(v_given.amount_usd_2),
+                       kakunin_private.number_of(v_given.rows), kakunin_private.number_of(v_given.row_count), v_leverage);
     end if;
     v_venue := v_given.venue;
     v_instrument := v_given.instrument;
@@ -4036,7 +4024,8 @@ begin
     if v_given.relation is not null then
       v_digests := v_digests || kakunin_private.known_digest('table', v_given.relation);
     end if;
-    if greatest(length(v_venue), length(v_instrument), length(v_given.tool), length(v_given.relation)) > 200 then
+    if greatest(length(v_venue), length(v_instrument), length(v_given.tool), length(v_given.relation)) > 200
+      or jsonb_path_exists(p_metadata, '$ ? (@.venue == "" || @.venue.type() <> "string" && @.venue.type() <> "null" || @.instrument == "" || @.instrument.type() <> "string" && @.instrument.type() <> "null" || @.symbol == "" || @.symbol.type() <> "string" && @.symbol.type() <> "null" || @.tool == "" || @.tool.type() <> "string" && @.tool.type() <> "null" || @.action == "" || @.action.type() <> "string" && @.action.type() <> "null" || @.table == "" || @.table.type() <> "string" && @.table.type() <> "null")') then
       v_malformed := true;
     end if;
     if v_digests is not null and (
@@ -4184,7 +4173,8 @@ declare
   v_known constant jsonb := p_risk || jsonb_build_object('serial', p_serial);
 begin
   if not p_chain.alerted and not exists (
-    select from kakunin_private.risk_reviews r where r.agent_id = p_chain.agent_id and r.decided_at is null) then
+    select from kakunin_private.risk_reviews r
+     where r.agent_id = p_chain.agent_id and r.decided_at is null and r.raised_at > kakunin_private.clock() - interval '1 hour') then
     insert into kakunin_private.risk_reviews (agent_id, raised_at, score, factors)
     values (p_chain.agent_id, kakunin_private.clock(), (p_risk ->> 'agent_score')::double precision, p_risk);
     perform kakunin_private.record('agent.high_risk', p_chain.agent_id, v_known);
@@ -4204,7 +4194,7 @@ begin
 end
 $$;
 comment on function kakunin_private.react(kakunin_private.chains, text, jsonb, boolean) is
-  'What follows from a high score: a revocation check and an alert, unless one waits to be decided, and at a critical one the stop';
+  'What follows from a high score: a revocation check and an alert, at most one an hour, and at a critical one the stop';
 
 -- An agent's score -----------------------------------------------------------------------------------
 
@@ -4648,7 +4638,7 @@ begin
   with parsed as (
     select (e.event ->> 'occurred_at')::timestamptz as occurred_at,
            case when v_base ? (e.event ->> 'event_type') then e.event ->> 'event_type' else 'other' end as event_type,
-           greatest(kakunin_private.number_in(e.event -> 'metadata', 'amount_usd'), kakunin_private.number_in(e.event -> 'metadata', 'amountUsd')) as amount
+           greatest(kakunin_private.number_of(e.event -> 'metadata' ->> 'amount_usd'), kakunin_private.number_of(e.event -> 'metadata' ->> 'amountUsd')) as amount
       from jsonb_array_elements(events) e(event)
   )
   insert into kakunin_private.risk_hours as h (agent_id, hour, chain_id, event_type, events, amounts, amount_usd, log_sum, log_square)
