@@ -565,7 +565,8 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
         ("select kakunin.require_risk_below('high')", []),
         ("select kakunin.require_risk_below('lower')", []),
         (
-            "select event_type, events, late, imported, amount_usd, events_30_days from kakunin.risk_by_hour order by 1",
+            "select event_type, events, late, imported, amount_usd, events_30_days"
+            " from kakunin.risk_by_hour order by 1",
             [],
         ),
         ("select events, excess_30_days, trend from kakunin.risk_by_day order by 1", []),

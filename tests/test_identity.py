@@ -1160,7 +1160,7 @@ STATES = sorted(re.findall(r"(KA\d{3}) \w", FOUNDATION.split("-- The files of th
 
 
 # Of the keys and of no database.
-ELSEWHERE = {errors.SignerError, errors.SignerUnavailableError}
+ELSEWHERE = {errors.SignerError, errors.SignerUnavailableError, errors.WebhookVerificationError}
 
 
 def classes() -> dict[str, type[KakuninError]]:
@@ -1310,6 +1310,8 @@ VIEWS = {
     "risk_by_day": {"agent", "gateway", "operator", "auditor"},
     "risk_contributions": {"agent", "gateway", "operator", "auditor"},
     "risk_reviews": {"operator", "auditor"},
+    "webhook_endpoints": {"operator"},
+    "webhook_deliveries": {"operator"},
 }
 PRIVATE = {
     "audit_log": "ledger",
@@ -1327,6 +1329,8 @@ COLUMNS = {
     "risk_by_day": "day",
     "risk_contributions": "events",
     "risk_reviews": "decision",
+    "webhook_endpoints": "url",
+    "webhook_deliveries": "state",
 }
 
 

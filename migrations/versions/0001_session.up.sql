@@ -3412,18 +3412,20 @@ declare
   -- again, as with any row; a decision must not fail by the one before it, and begins another chain.
   v_any   constant boolean := p_chain_of <> c_decisions or kakunin_private.snapshot_is_fresh();
   v_taken kakunin_private.taken;
+  v_made  bigint;  -- its xmin is that of a subtransaction, where there is one
 begin
   loop
     select c as chain, (select i.installation_id from kakunin_private.installation i) as installation,
            (select s.asleep from kakunin_private.sleeper s) as asleep
       into v_taken
       from kakunin_private.chains c
-     where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid)
+     where c.agent_id = p_chain_of and (v_any or c.xmin = pg_current_xact_id()::xid or c.chain_id = v_made)
      order by c.chain_id
      limit 1
        for update of c skip locked;
     exit when found;
-    insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'));
+    insert into kakunin_private.chains (agent_id, sequence, head) values (p_chain_of, 0, decode(repeat('00', 32), 'hex'))
+    returning chain_id into v_made;
   end loop;
   return v_taken;
 end
