@@ -503,6 +503,12 @@ Calls = list[tuple[str, list[Any]]]
 VOLATILE_RESULT = re.compile(r"^kkn1\.\d+\.([0-9A-F:]+)\..*$")
 
 
+# In order: rows that were rolled back leave room, which the next ones may be put in.
+AUDIT_LOG = (
+    "select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log order by event_id"
+)
+
+
 def agents_calls(agent: Agent, ticket: str) -> Calls:
     return [
         ("select kakunin.installation_id()", []),
@@ -524,7 +530,7 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
         ("select kakunin.require_scope('orders:write')", []),
         ("select kakunin.require_scope('vault:write')", []),
         ("select pg_catalog.jsonb_typeof(kakunin.audit_log_append('x', '{\"a\": 1}', 's'))", []),
-        ("select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log", []),
+        (AUDIT_LOG, []),
         ("select kakunin.inclusion_proof(1)", []),
         ("select tree_size, root from kakunin.tree_heads", []),
         ("select key_id from kakunin.ledger_keys", []),
