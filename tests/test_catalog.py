@@ -570,7 +570,10 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
             [],
         ),
         ("select events, excess_30_days, trend from kakunin.risk_by_day order by 1", []),
-        ("select event_type, events, excess, contribution from kakunin.risk_contributions order by 1", []),
+        (
+            "select event_type, events, excess, contribution from kakunin.risk_contributions order by 1",
+            [],
+        ),
         (
             "select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log order by event_id",
             [],
