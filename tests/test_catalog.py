@@ -575,7 +575,8 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
             [],
         ),
         (
-            "select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log order by event_id",
+            "select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log"
+            " order by event_id",
             [],
         ),
         ("select kakunin.inclusion_proof(1)", []),

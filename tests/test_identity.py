@@ -1159,8 +1159,13 @@ FOUNDATION = (sql_dir() / "10_foundation.sql").read_text()
 STATES = sorted(re.findall(r"(KA\d{3}) \w", FOUNDATION.split("-- The files of this folder")[0]))
 
 
-# Of the keys and of no database.
-ELSEWHERE = {errors.SignerError, errors.SignerUnavailableError, errors.WebhookVerificationError}
+# Of the keys, of what was received and of no database; and Postgres's own.
+ELSEWHERE = {
+    errors.SignerError,
+    errors.SignerUnavailableError,
+    errors.WebhookVerificationError,
+    errors.PolicyViolationError,
+}
 
 
 def classes() -> dict[str, type[KakuninError]]:
