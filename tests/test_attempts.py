@@ -61,6 +61,13 @@ def fresh() -> Iterator[None]:
         recorder._unrecorded = 0
 
 
+@pytest.fixture
+def vault(vault: Vault) -> Vault:
+    """Observed: attempts make an agent critical, and here it is to go on."""
+    vault.database.run("operator", 'select kakunin.set_risk(\'{"mode": "observe"}\')')
+    return vault
+
+
 def entries(agent: Agent) -> list[tuple[dict[str, Any], str, str]]:
     return agent.database.run("auditor", ENTRIES, [agent.agent_id])
 

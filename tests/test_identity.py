@@ -1159,20 +1159,20 @@ FOUNDATION = (sql_dir() / "10_foundation.sql").read_text()
 STATES = sorted(re.findall(r"(KA\d{3}) \w", FOUNDATION.split("-- The files of this folder")[0]))
 
 
-# Of the keys, of what was received and of no database; and Postgres's own.
+# Of the keys, of what was received, and of no database; and Postgres's own.
 ELSEWHERE = {
     errors.SignerError,
     errors.SignerUnavailableError,
     errors.WebhookVerificationError,
-    errors.PolicyViolationError,
 }
+POSTGRES = {errors.PolicyViolationError}
 
 
 def classes() -> dict[str, type[KakuninError]]:
     return {
         cls.sqlstate: cls
         for cls in vars(errors).values()
-        if isinstance(cls, type) and issubclass(cls, KakuninError) and cls not in ELSEWHERE
+        if isinstance(cls, type) and issubclass(cls, KakuninError) and cls not in ELSEWHERE | POSTGRES
     }
 
 

@@ -37,7 +37,7 @@ QUICK = Settings(interval=0.1, poll=0.2, lease=1.0, witness_every=0.1)
 
 def until(condition: Callable[[], Any], what: str) -> Any:
     """Waits for something that has to come, for as long as a slow machine may take."""
-    for _ in range(600):
+    for _ in range(1800):
         if value := condition():
             return value
         time.sleep(0.05)
