@@ -53,13 +53,17 @@ create index on agent_vault (permitted_agent_serial);
 grant select, insert, update, delete on agent_vault to kakunin_agent;
 """
 
-# What an agent does in step 10, and its financial scope.
+# An installation's own event type and its base score; what an agent does in step 10, and its financial scope.
+_SUSPICION = "prompt_injection_suspected"
+_SET_BASE = """select kakunin.set_risk(jsonb_build_object('base',
+      kakunin.set_risk('{}') -> 'base' || '{"prompt_injection_suspected": 0.65}'))"""
 _SCOPE = {"max_single_trade_usd": 10_000, "permitted_venues": ["XLON"]}
 _EVENTS: list[tuple[str, dict[str, Any]]] = [
     ("api_call", {"tool": "quotes"}),
     ("data_access", {"table": "positions", "rows": 12}),
     ("transaction_initiated", {"amount_usd": 9_000, "venue": "XLON"}),
     ("transaction_initiated", {"amount_usd": 14_000, "venue": "XLON"}),
+    (_SUSPICION, {"tool": "mail"}),
     ("unauthorized_access_attempt", {"table": "salaries"}),
     ("unauthorized_access_attempt", {"table": "api_keys"}),
 ]
@@ -286,6 +290,8 @@ class Demo:
                 "create policy agent_vault_risk on agent_vault as restrictive for update to public"
                 " using ((select kakunin.require_risk_below('high')))"
             )
+            self.show_sql("dba", _SET_BASE)
+            dba.execute(_SET_BASE)
         write = "update agent_vault set secret = 'x'"
         bands = []
         with self.connect("cassini") as other:
@@ -309,7 +315,7 @@ class Demo:
                 self.rows(other, "cassini", [])
                 self.show_sql("cassini", "select kakunin.require_session()  -- why?")
                 self.refused(other, "KA002", "select kakunin.require_session()")
-        if bands != ["low", "low", "low", "medium", "high", "critical"]:
+        if bands != ["low", "low", "low", "medium", "medium", "high", "critical"]:
             raise AssertionError(f"the bands were {bands}")
         self.good("nobody had to be awake")
 

@@ -44,6 +44,9 @@ create table kakunin_private.chains (
   rows_n        double precision not null default 0,
   rows_mean     double precision not null default 0,
   rows_square   double precision not null default 0,
+  written_n     double precision not null default 0,
+  written_mean  double precision not null default 0,
+  written_square double precision not null default 0,
   known         integer not null default 0,
   spent_on      timestamptz,
   spent_usd     numeric not null default 0
@@ -58,7 +61,7 @@ comment on column kakunin_private.chains.alerted is 'Whether its agent was high 
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
-comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise';
+comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise of rows read, written_ of rows written';
 comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';
 comment on column kakunin_private.chains.spent_usd is 'Amounts of transaction_initiated on the day spent_on (UTC)';
 
@@ -279,7 +282,8 @@ begin
          hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
          hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
          amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
-         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, known = p_chain.known,
+         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, written_n = p_chain.written_n,
+         written_mean = p_chain.written_mean, written_square = p_chain.written_square, known = p_chain.known,
          spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
    where c.chain_id = p_chain.chain_id;
   return jsonb_build_object(

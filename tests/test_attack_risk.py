@@ -19,7 +19,7 @@ Connection = psycopg.Connection[Any]
 SERIAL = "select kakunin.current_cert_serial()"
 APPEND = "select kakunin.audit_log_append(%s, %s)"
 SCOPE = {"max_single_trade_usd": 1000, "max_daily_usd": 3000, "permitted_venues": ["XLON"], "max_leverage": 2}
-# One alone is not critical and two are not; three are.
+# One alone is medium, two are high by the settings here, three are critical.
 ATTEMPT = "unauthorized_access_attempt"
 
 
@@ -34,6 +34,7 @@ def kit(cluster: Cluster) -> Iterator[Database]:
                 " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
             )
         database.run("installer", "select kakunin.set_gateway_logins('{authenticator}')")
+        database.run("operator", "select kakunin.set_risk('{\"high\": 0.7}')")
         database.run("postgres", "grant kakunin_agent to anon")
         yield database
         database.run("postgres", "revoke kakunin_agent from anon")
@@ -339,18 +340,27 @@ def test_g7_a_reinstatement_takes_no_stop_away_that_it_has_not_seen(kit: Databas
         assert one(keeper, SERIAL) is None
 
 
-def test_g7_certain_in_one_chain_and_unusual_in_another_is_settled(kit: Database, agent: Agent) -> None:
+@pytest.mark.parametrize(
+    ("chains", "expected"), [("(1.0, 0), (1.0, 0)", "revoked"), ("(1.0, 0), (0, 1.6)", "active")]
+)
+def test_g7_certain_in_two_chains_is_settled_and_unusual_is_not(
+    kit: Database, agent: Agent, chains: str, expected: str
+) -> None:
     """Side by side, so that no event sees both."""
     kit.run(
         "installer",
         "insert into kakunin_private.chains (agent_id, sequence, head, risk_at, hour, hard, soft)"
         " select %s, 0, decode(repeat('00', 32), 'hex'), kakunin_private.clock(),"
         " date_bin('1 hour', kakunin_private.clock(), 'epoch'), h, s"
-        " from (values (0.82, 0), (0, 1.6)) v(h, s)",
+        f" from (values {chains}) v(h, s)",
         [agent.agent_id],
     )
     settle(kit)
-    assert status(agent) == "revoked"
+    assert status(agent) == expected
+    risk = kit.value("operator", "select kakunin.agent_risk(%s)", [agent.agent_id])
+    assert (risk["band"], risk["score"]) == (
+        ("critical", pytest.approx(0.8647, abs=1e-3)) if expected == "revoked" else ("high", 0.82)
+    )
 
 
 def test_g7_backdated_events_are_a_history_too(
@@ -424,6 +434,9 @@ def test_g8_a_score_fades_to_nothing(kit: Database, agent: Agent, clock: Callabl
     """Products too small for a number are an error in Postgres: years without an attempt must not end
     appends."""
     attempts(agent, 1)
+    kit.run(
+        "installer", "update kakunin_private.chains set drift = 1.6 where agent_id = %s", [agent.agent_id]
+    )
     for years in (1, 2, 3, 4, 8):
         clock(f"{years} years")
         kit.run(
@@ -438,8 +451,10 @@ def test_g8_a_score_fades_to_nothing(kit: Database, agent: Agent, clock: Callabl
             assert append(connection, "api_call")["agent_score"] == 0
 
 
-@pytest.mark.parametrize("member", ["amount_usd", "rows"])
-def test_g8_equal_amounts_for_ever(kit: Database, agent: Agent, member: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "member"), [("api_call", "amount_usd"), ("api_call", "rows"), ("data_mutation", "rows")]
+)
+def test_g8_equal_amounts_for_ever(kit: Database, agent: Agent, kind: str, member: str) -> None:
     """Their mean comes so near to the logarithm of 1 that its square is too small for a number, after a
     million."""
     with session(agent) as connection:
@@ -448,12 +463,13 @@ def test_g8_equal_amounts_for_ever(kit: Database, agent: Agent, member: str) -> 
     kit.run(
         "installer",
         "update kakunin_private.chains"
-        " set amount_mean = 1e-200, rows_mean = 1e-200, amount_n = 2001, rows_n = 2001"
+        " set amount_mean = 1e-200, rows_mean = 1e-200, written_mean = 1e-200, amount_n = 2001,"
+        " rows_n = 2001, written_n = 2001"
         " where agent_id = %s",
         [agent.agent_id],
     )
     with session(agent) as connection:
-        append(connection, "api_call", **{member: 1})
+        append(connection, kind, **{member: 1})
 
 
 METADATA = [
@@ -497,7 +513,7 @@ def test_g8_whatever_the_metadata_the_event_is_scored(kit: Database) -> None:
     )
     kit.run("operator", "select kakunin.set_agent_risk(%s, 'test', true)", [agent.agent_id])
     history(agent)
-    for kind in ("transaction_initiated", "never_heard_of", "x:" + "y" * 62):
+    for kind in ("transaction_initiated", "data_mutation", "never_heard_of", "x:" + "y" * 62):
         for metadata in METADATA:
             with session(agent) as connection:
                 result = one(connection, APPEND, [kind, metadata])

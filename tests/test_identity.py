@@ -1188,7 +1188,7 @@ def test_there_is_one_error_class_to_each_sqlstate_of_the_kit() -> None:
         assert cls.__module__ == "kakunin_db.errors"
         assert getattr(__import__("kakunin_db"), cls.__name__) is cls
     for cls in ELSEWHERE:
-        assert cls.sqlstate == ""
+        assert not cls.sqlstate.startswith("KA")
         assert getattr(__import__("kakunin_db"), cls.__name__) is cls
 
 
