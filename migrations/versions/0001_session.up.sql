@@ -3233,6 +3233,9 @@ create table kakunin_private.chains (
   rows_n        double precision not null default 0,
   rows_mean     double precision not null default 0,
   rows_square   double precision not null default 0,
+  written_n     double precision not null default 0,
+  written_mean  double precision not null default 0,
+  written_square double precision not null default 0,
   known         integer not null default 0,
   spent_on      timestamptz,
   spent_usd     numeric not null default 0
@@ -3247,7 +3250,7 @@ comment on column kakunin_private.chains.alerted is 'Whether its agent was high 
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
-comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise';
+comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise of rows read, written_ of rows written';
 comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';
 comment on column kakunin_private.chains.spent_usd is 'Amounts of transaction_initiated on the day spent_on (UTC)';
 
@@ -3468,7 +3471,8 @@ begin
          hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
          hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
          amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
-         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, known = p_chain.known,
+         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, written_n = p_chain.written_n,
+         written_mean = p_chain.written_mean, written_square = p_chain.written_square, known = p_chain.known,
          spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
    where c.chain_id = p_chain.chain_id;
   return jsonb_build_object(
@@ -3624,20 +3628,23 @@ do $$ begin perform kakunin.make_partitions(); end $$;
 --
 --   hard    what is certain: the base of its type, and violations of the certificate's financial scope (a trade over
 --           its limit, a venue it may not use). At 0.85 (critical) or more it revokes by itself.
---   soft    what is unusual for this agent: more events than in this hour of the day before, larger amounts or more rows,
---           a venue, tool or table it never used, metadata that is no use. It raises the score to 0.84 at most.
+--   soft    what is unusual for this agent: more events than at this time of the day before, larger amounts or more rows,
+--           a venue, tool or table it never used, metadata that is no use. It raises the event's score to 0.84 at most.
 --
 -- Bands: low below 0.30, medium, high from 0.75, critical from 0.85.
 --
--- The agent's own score is a noisy-or of what its events had in excess of 0.5, each fading with a half-life:
+-- The agent's own score is a noisy-or of what its events had in excess of 0.525, each fading with a half-life:
 --
---   e_i = max(0, (s_i - 0.5) / 0.5)      R = 1 - prod (1 - e_i) ^ (2 ^ (-age_i / half-life))
+--   e_i = max(0, (s_i - 0.525) / 0.475)  R = 1 - prod (1 - e_i) ^ (2 ^ (-age_i / half-life))
+--
+-- At 0.525 and with base scores of 0.75, three refused attempts within an hour are critical, three in a morning are not, and two are
+-- not even high: people and programs make a mistake twice.
 --
 -- In logarithms that is a sum, w_i = -ln(1 - e_i), which fades as a whole. So one number and the moment it was worked out at are
 -- all of the history that an event needs: its cost does not grow, time alone never raises a score, and another event
--- never lowers it. Of what is unusual only the most of each hour counts, and of that and drift together no more than takes R to
--- soft_limit: by what is merely unusual an agent comes to be high, and is read-only under a risk-adaptive policy, but it is not
--- revoked.
+-- never lowers it. Of what is unusual each amount and each number of rows counts, and of the rest only the most of each hour. What
+-- is unusual and drift take R to soft_limit at most, also together with what is certain: by them an agent comes to be high, and is
+-- read-only under a risk-adaptive policy, but it is revoked by what is certain alone.
 --
 -- Where the numbers are. In the row of the chain (60_ledger.sql) that the event is appended to, which its transaction
 -- has locked anyway: so nobody waits for another transaction's score. An agent that appends from several
@@ -3656,22 +3663,23 @@ create table kakunin_private.risk_settings (
   only_row        boolean primary key default true check (only_row),
   mode            text collate "C" not null default 'enforce' check (mode in ('enforce', 'observe')),
   base            jsonb not null default
-    '{"api_call": 0.1, "data_access": 0.1, "data_mutation": 0.3, "transaction_initiated": 0.3, "unauthorized_access_attempt": 0.78, "transaction_anomaly": 0.78, "other": 0.3}',
+    '{"api_call": 0.1, "data_access": 0.1, "data_mutation": 0.3, "transaction_initiated": 0.3, "unauthorized_access_attempt": 0.75, "transaction_anomaly": 0.75, "other": 0.3}',
   medium          double precision not null default 0.30,
   high            double precision not null default 0.75,
   critical        double precision not null default 0.85,
   half_life       interval not null default '24 hours' check (half_life between '1 hour' and '30 days'),
   soft_limit      double precision not null default 0.82 check (soft_limit between 0 and 0.99),
-  violation       double precision not null default 0.78 check (violation between 0 and 1),
+  violation       double precision not null default 0.75 check (violation between 0 and 1),
   gross           double precision not null default 0.95 check (gross between 0 and 1),
   gross_ratio     double precision not null default 10 check (gross_ratio > 1 and gross_ratio < 'infinity'),
-  rate_weight     double precision not null default 0.5 check (rate_weight between 0 and 0.99),
-  amount_weight   double precision not null default 0.4 check (amount_weight between 0 and 0.99),
-  rows_weight     double precision not null default 0.4 check (rows_weight between 0 and 0.99),
+  rate_weight     double precision not null default 0.9 check (rate_weight between 0 and 0.99),
+  amount_weight   double precision not null default 0.6 check (amount_weight between 0 and 0.99),
+  rows_weight     double precision not null default 0.8 check (rows_weight between 0 and 0.99),
   novelty_weight  double precision not null default 0.25 check (novelty_weight between 0 and 0.99),
   malformed_weight double precision not null default 0.3 check (malformed_weight between 0 and 0.99),
-  drift_weight    double precision not null default 0.75 check (drift_weight between 0 and 0.99),
+  drift_weight    double precision not null default 0.8 check (drift_weight between 0 and 0.99),
   rate_floor      double precision not null default 20 check (rate_floor >= 1 and rate_floor < 'infinity'),
+  quiet_floor     double precision not null default 4 check (quiet_floor >= 1 and quiet_floor < 'infinity'),
   history_days    integer not null default 7 check (history_days between 1 and 30),
   check (0 < medium and medium < high and high < critical and critical < 1),
   check (violation < critical and gross >= critical)
@@ -3683,6 +3691,7 @@ comment on column kakunin_private.risk_settings.base is 'The base score of each 
 comment on column kakunin_private.risk_settings.violation is 'The hard score of an event outside the certificate''s financial scope';
 comment on column kakunin_private.risk_settings.gross is 'The hard score of one gross_ratio times over a limit, or more';
 comment on column kakunin_private.risk_settings.rate_floor is 'Events an hour that are not unusual whatever the baseline says';
+comment on column kakunin_private.risk_settings.quiet_floor is 'The same at hours of the day at which the agent does not work';
 comment on column kakunin_private.risk_settings.history_days is 'Days of history before anything is called unusual';
 
 create table kakunin_private.risk_hours (
@@ -3740,22 +3749,24 @@ comment on function kakunin_private.risk_band(double precision, kakunin_private.
 
 create function kakunin_private.excess(p_score double precision) returns double precision
 language sql immutable parallel safe
-return -ln(1 - least(greatest(p_score - 0.5, 0) / 0.5, 0.999));
-comment on function kakunin_private.excess(double precision) is 'What a score adds: -ln(1 - e), e = max(0, (s - 0.5) / 0.5)';
+return -ln(1 - least(greatest(p_score - 0.525, 0) / 0.475, 0.999));
+comment on function kakunin_private.excess(double precision) is 'What a score adds: -ln(1 - e), e = max(0, (s - 0.525) / 0.475)';
 
+-- After a hundred half-lives it fades no more: what is left of the least that is stored is a number even when it has faded twice.
 create function kakunin_private.faded(p_at timestamptz, p_now timestamptz, p_half_life interval) returns double precision
 language sql immutable parallel safe
 return power(0.5, least(greatest(extract(epoch from p_now - p_at)::double precision, 0)
-  / extract(epoch from p_half_life)::double precision, 1000));
+  / extract(epoch from p_half_life)::double precision, 100));
 comment on function kakunin_private.faded(timestamptz, timestamptz, interval) is 'What is left of one after so long';
 
--- The one definition of an agent's score, from what its chains sum up to. Postgres raises what is too small for a number, so
--- exponents, and factors below, are kept from it: an agent whose score could not be worked out would fail settle_risk() for all.
+-- The one definition of an agent's score, from what its chains sum up to. What is unusual takes it to the limit at most, together
+-- with what is certain and whatever the factor: beyond that only what is certain counts. Postgres raises what is too small for a
+-- number, so exponents, and factors below, are kept from it: an agent whose score could not be worked out would fail settle_risk() for all.
 create function kakunin_private.agent_score(
   p_hard double precision, p_soft double precision, p_drift double precision, p_factor double precision, p_limit double precision
 ) returns double precision
 language sql immutable parallel safe
-return 1 - exp(-least(p_factor * (p_hard + least(p_soft + p_drift, -ln(1 - p_limit))), 700));
+return 1 - exp(-least(greatest(p_factor * p_hard, least(p_factor * (p_hard + p_soft + p_drift), -ln(1 - p_limit))), 700));
 comment on function kakunin_private.agent_score(double precision, double precision, double precision, double precision, double precision) is
   'R, of hard and soft excess and drift; p_factor is the agent''s own (kakunin.set_agent_risk)';
 
@@ -3775,9 +3786,16 @@ create function kakunin_private.beyond(p_value double precision, p_n double prec
 returns double precision
 language sql immutable parallel safe
 return case when p_n >= 30 then
-  1 - 1 / (1 + greatest((p_value - p_mean) / greatest(sqrt(greatest(p_square / p_n, 0)), 0.25) - 3, 0) / 3) else 0 end;
+  1 - 1 / (1 + greatest((p_value - p_mean) / greatest(sqrt(greatest(p_square / p_n, 0)), 0.25) - 3, 0)) else 0 end;
 comment on function kakunin_private.beyond(double precision, double precision, double precision, double precision) is
   'From 0 to 1; p_square is the sum of squared differences from the mean';
+
+create function kakunin_private.clipped(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
+returns double precision
+language sql immutable parallel safe
+return case when p_n >= 30 then least(p_value, p_mean + 3 * greatest(sqrt(greatest(p_square / p_n, 0)), 0.25)) else p_value end;
+comment on function kakunin_private.clipped(double precision, double precision, double precision, double precision) is
+  'What a baseline learns of a value: three standard deviations above the mean at most, so that who goes far beyond does not make it usual';
 
 -- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
 create function kakunin_private.violations(
@@ -3810,21 +3828,33 @@ end;
 comment on function kakunin_private.violations(jsonb, numeric, numeric, text, text, numeric) is
   'What of this is outside a financial scope: max_single_trade_usd, max_daily_usd, max_leverage, permitted_venues, permitted_instruments; ratio is how many times over';
 
--- Drift: the last 7 days against the 23 before them. By the mix of event types (square root of the Jensen-Shannon
--- divergence, in bits), by how far the mean logarithm of amounts has moved (in standard deviations) and by events a day. Each has a
--- dead zone that sampling, a weekly rhythm and healthy growth stay within.
+-- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
+-- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
+-- bits), by how far the mean logarithm of amounts has moved (in standard deviations) and by events a day. Each has a
+-- dead zone that sampling, a weekly rhythm and healthy growth stay within. In the mix each hour counts with the square root
+-- of its events, so that one burst of the same call is not a change of habits, and what sampling does to it goes
+-- with the hours there are, not the events: those of an hour come together.
 create function kakunin_private.risk_drift(p_agent_id uuid, p_at timestamptz, out drift double precision, out factors jsonb)
 language sql stable parallel safe
 begin atomic
-  with hours as (
-    select h.event_type, h.hour >= p_at - interval '168 hours' as recent, h.events, h.amounts, h.log_sum, h.log_square
+  with buckets as (
+    select h.event_type, h.hour, sum(h.events)::double precision as events, sum(h.amounts)::double precision as amounts,
+           sum(h.log_sum) as log_sum, sum(h.log_square) as log_square
       from kakunin_private.risk_hours h
-     where h.agent_id = p_agent_id and h.hour >= p_at - interval '720 hours' and h.hour < p_at
+     where h.agent_id = p_agent_id and h.hour >= p_at - interval '1440 hours' and h.hour < p_at
+     group by h.event_type, h.hour having sum(h.events) > 0  -- not hours of which there is but hindsight
+  ), span as (
+    select s.since, case when s.since <= p_at - interval '1008 hours' then p_at - interval '672 hours' else p_at - interval '168 hours' end as until
+      from (select min(b.hour) as since from buckets b) s
+  ), hours as (
+    select b.*, b.hour >= p_at - interval '168 hours' as recent
+      from buckets b, span s
+     where b.hour >= p_at - interval '168 hours' or b.hour < s.until
   ), types as (
     select t.event_type,
            t.recent / nullif(sum(t.recent) over (), 0) as p, t.before / nullif(sum(t.before) over (), 0) as q
-      from (select h.event_type, coalesce(sum(h.events) filter (where h.recent), 0)::double precision as recent,
-                   coalesce(sum(h.events) filter (where not h.recent), 0)::double precision as before
+      from (select h.event_type, coalesce(sum(sqrt(h.events)) filter (where h.recent), 0) as recent,
+                   coalesce(sum(sqrt(h.events)) filter (where not h.recent), 0) as before
               from hours h group by h.event_type) t
   ), mix as (
     select sqrt(greatest(sum(
@@ -3833,22 +3863,23 @@ begin atomic
       from types t
   ), totals as (
     select coalesce(sum(h.events) filter (where h.recent), 0) as recent, coalesce(sum(h.events) filter (where not h.recent), 0) as before,
+           count(distinct h.hour) filter (where h.recent) as hours,
            sum(h.log_sum) filter (where h.recent) / nullif(sum(h.amounts) filter (where h.recent), 0) as mean_recent,
            sum(h.log_sum) filter (where not h.recent) / nullif(sum(h.amounts) filter (where not h.recent), 0) as mean_before,
            sum(h.log_square) filter (where not h.recent) / nullif(sum(h.amounts) filter (where not h.recent), 0) as square_before,
            least(sum(h.amounts) filter (where h.recent), sum(h.amounts) filter (where not h.recent)) as amounts
       from hours h
   ), parts as (
-    select t.recent >= 50 and t.before >= 200 as enough, m.distance,
+    select t.recent >= 50 and t.before >= 200 as enough, m.distance, t.hours, t.amounts,
            case when t.amounts >= 30
              then (t.mean_recent - t.mean_before) / greatest(sqrt(greatest(t.square_before - t.mean_before ^ 2, 0)), 0.25) end as shift,
-           (t.recent / 7) / nullif(t.before / 23, 0) as growth
-      from totals t, mix m
+           (t.recent / 7) / nullif(t.before / greatest(extract(epoch from s.until - s.since)::double precision / 86400, 1), 0) as growth
+      from totals t, mix m, span s
   ), shares as (
     select p.enough, p.distance, p.shift, p.growth,
-           least(greatest((coalesce(p.distance, 0) - 0.3) / 0.4, 0), 1) as mix,
-           least(greatest((coalesce(p.shift, 0) - 1) / 2, 0), 1) as amount,
-           least(greatest((coalesce(p.growth, 0)::double precision - 3) / 7, 0), 1) as rate
+           least(greatest((coalesce(p.distance, 0) - 0.05 - 1 / sqrt(greatest(p.hours, 1))) / 0.15, 0), 1) as mix,
+           least(greatest((coalesce(p.shift, 0) - 0.3 - 2 / sqrt(greatest(p.amounts, 1))) / 0.5, 0), 1) as amount,
+           least(greatest((coalesce(p.growth, 0) - 5) / 10, 0), 1) as rate
       from parts p
   )
   select case when s.enough then greatest(s.mix, s.amount, s.rate) end,
@@ -3859,16 +3890,18 @@ begin atomic
     from shares s;
 end;
 comment on function kakunin_private.risk_drift(uuid, timestamptz) is
-  'Drift of an agent from 0 to 1 and what it consists of; NULL with less than 50 events in the last 7 days or 200 in the 23 before';
+  'Drift of an agent from 0 to 1 and what it consists of; NULL with less than 50 events in the last 7 days or 200 before';
 
 -- An event ------------------------------------------------------------------------------------------
 
--- Once an hour and chain. What it reads is bounded by the 30 days, and nothing of it is done by the events between.
+-- Once an hour and chain, and drift once a day, or each hour while there is some. What it reads is bounded by 30 and 60 days, and
+-- nothing of it is done by the events between.
 create function kakunin_private.roll(p_chain kakunin_private.chains, p_hour timestamptz) returns kakunin_private.chains
 language plpgsql volatile parallel unsafe
 as $$
 declare
   c_from   constant timestamptz := p_hour - interval '720 hours';  -- days are those of the session's time zone, which the agent may set
+  c_today  constant boolean := coalesce(date_bin('1 day', p_chain.hour, 'epoch') = date_bin('1 day', p_hour, 'epoch'), false);
   v_set    kakunin_private.risk_settings;
   v_other  record;
   v_rate   record;
@@ -3884,7 +3917,7 @@ begin
      set events = h.events + excluded.events, excess = h.excess + excluded.excess, amounts = h.amounts + excluded.amounts,
          amount_usd = h.amount_usd + excluded.amount_usd, log_sum = h.log_sum + excluded.log_sum, log_square = h.log_square + excluded.log_square;
   -- It fades as all else does, so that no event makes less of it than time has.
-  v_faded := coalesce(p_chain.drift * kakunin_private.faded(p_chain.hour, p_hour, v_set.half_life), 0);
+  v_faded := case when p_chain.drift > 1e-6 then p_chain.drift * kakunin_private.faded(p_chain.hour, p_hour, v_set.half_life) else 0 end;
   p_chain.hour := p_hour;
   p_chain.counts := '{}';
   p_chain.hour_soft := 0;
@@ -3897,17 +3930,21 @@ begin
     p_chain.drift := greatest(v_faded, v_other.drift);
     return p_chain;
   end if;
-  -- Of the same hour of the day and the ones beside it, the most there was; and what a growing agent does anyhow.
+  -- Of the same hour of the day and the ones beside it, the most there was; and what a growing agent does anyhow. Where it has
+  -- worked at this time of the day on no more than a tenth of its days, what was then is no measure: a thief's
+  -- first night does not make the second one usual.
   select min(h.hour) as since, sum(h.events) / greatest(extract(epoch from p_hour - min(h.hour)) / 3600, 1) as overall,
-         max(h.events) filter (where (extract(epoch from p_hour - h.hour)::bigint / 3600 + 1) % 24 <= 2) as most,
+         max(h.events) filter (where h.near) as most,
+         count(distinct date_bin('1 day', h.hour, 'epoch')) as days, count(distinct date_bin('1 day', h.hour, 'epoch')) filter (where h.near) as days_near,
          sum(h.amounts)::double precision as amounts, sum(h.log_sum) as log_sum, sum(h.log_square) as log_square
     into v_rate
-    from (select g.hour, sum(g.events) as events, sum(g.amounts) as amounts, sum(g.log_sum) as log_sum, sum(g.log_square) as log_square
+    from (select g.hour, (extract(epoch from p_hour - g.hour)::bigint / 3600 + 1) % 24 <= 2 as near, sum(g.events) as events, sum(g.amounts) as amounts, sum(g.log_sum) as log_sum, sum(g.log_square) as log_square
             from kakunin_private.risk_hours g
            where g.agent_id = p_chain.agent_id and g.hour >= c_from and g.hour < p_hour
            group by g.hour having sum(g.events) > 0) h;
   p_chain.expected := case when v_rate.since <= p_hour - make_interval(hours => 24 * v_set.history_days)
-    then greatest(v_set.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end;
+    then case when v_rate.days >= 10 and v_rate.days_near <= v_rate.days / 10 then v_set.quiet_floor
+              else greatest(v_set.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end end;
   -- A chain that is new knows no amounts, but its agent has had some.
   if p_chain.amount_n < 30 and v_rate.amounts > 0 then
     p_chain.amount_n := v_rate.amounts;
@@ -3915,8 +3952,8 @@ begin
     p_chain.amount_square := greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0);
   end if;
   p_chain.drift := v_faded;
-  if v_rate.since <= p_hour - interval '336 hours' then
-    p_chain.drift := greatest(v_faded, kakunin_private.excess(0.5 + 0.5 * v_set.drift_weight
+  if (not c_today or v_faded > 0.05) and v_rate.since <= p_hour - interval '336 hours' then
+    p_chain.drift := greatest(v_faded, kakunin_private.excess(0.525 + 0.475 * v_set.drift_weight
       * coalesce((select d.drift from kakunin_private.risk_drift(p_chain.agent_id, p_hour) d), 0)));
   end if;
   return p_chain;
@@ -3945,10 +3982,15 @@ declare
   v_rows       numeric;
   v_leverage   numeric;
   v_log        double precision;
+  v_log_rows   double precision;
   v_hard       double precision;
   v_score      double precision;
   v_part       double precision;
+  v_usual      double precision := 1::double precision;
+  v_own        double precision := 0::double precision;
+  v_edge       double precision;
   v_off        double precision;
+  v_soft       double precision;
   v_fade       double precision;
   v_total      double precision;
   v_other_hard double precision := 0::double precision;
@@ -4052,10 +4094,9 @@ begin
   end if;
 
   -- Unusual.
-  v_score := v_hard;
   if v_malformed then
     v_factors := v_factors || jsonb_build_object('malformed_metadata', round(v_set.malformed_weight::numeric, 3));
-    v_score := 1 - (1 - v_score) * (1 - v_set.malformed_weight);
+    v_usual := v_usual * (1 - v_set.malformed_weight);
   end if;
   if v_digests is not null then
     if p_chain.known < 256 then
@@ -4065,14 +4106,14 @@ begin
     end if;
     if p_chain.expected is not null then
       v_factors := v_factors || jsonb_build_object('novelty', round(v_set.novelty_weight::numeric, 3));
-      v_score := 1 - (1 - v_score) * (1 - v_set.novelty_weight);
+      v_usual := v_usual * (1 - v_set.novelty_weight);
     end if;
   end if;
   if 1 + v_events + p_chain.hour_events > p_chain.expected then
     v_part := v_set.rate_weight * (1 - p_chain.expected / (1 + v_events + p_chain.hour_events));
     if v_part >= 0.01 then
       v_factors := v_factors || jsonb_build_object('rate', round(v_part::numeric, 3));
-      v_score := 1 - (1 - v_score) * (1 - v_part);
+      v_usual := v_usual * (1 - v_part);
     end if;
   end if;
   if v_amount > 0 then
@@ -4081,32 +4122,47 @@ begin
       v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
       if v_part >= 0.01 then
         v_factors := v_factors || jsonb_build_object('amount_deviation', round(v_part::numeric, 3));
-        v_score := 1 - (1 - v_score) * (1 - v_part);
+        v_usual := v_usual * (1 - v_part);
+        v_own := v_own - ln(1 - v_part) / 2;
       end if;
     end if;
     if v_type = 'transaction_initiated' then
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
-    -- Welford's, with what is older than some thousand events fading.
-    v_off := case when abs(v_log - p_chain.amount_mean) > 1e-9 then v_log - p_chain.amount_mean else 0 end;
+    -- Welford's, with what is older than some thousand events fading; and what is beyond the edge counts as if it were at it.
+    v_edge := kakunin_private.clipped(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
+    v_off := case when abs(v_edge - p_chain.amount_mean) > 1e-9 then v_edge - p_chain.amount_mean else 0 end;
     p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
     p_chain.amount_square := greatest(p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
       + v_off ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n, 1e-9);
     p_chain.amount_mean := p_chain.amount_mean + v_off / p_chain.amount_n;
   end if;
   if v_rows > 0 then
-    v_part := ln(v_rows)::double precision;
-    if p_chain.expected is not null and v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square) >= 0.01 then
-      v_factors := v_factors || jsonb_build_object('rows', round((
-        v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square))::numeric, 3));
-      v_score := 1 - (1 - v_score) * (1 - v_set.rows_weight * kakunin_private.beyond(v_part, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square));
+    v_log_rows := ln(v_rows)::double precision;
+    if v_type = 'data_mutation' then  -- rows written are not of the size of those read
+      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.written_n, p_chain.written_mean, p_chain.written_square);
+      v_edge := kakunin_private.clipped(v_log_rows, p_chain.written_n, p_chain.written_mean, p_chain.written_square);
+      v_off := case when abs(v_edge - p_chain.written_mean) > 1e-9 then v_edge - p_chain.written_mean else 0 end;
+      p_chain.written_n := least(p_chain.written_n, 2000) + 1;
+      p_chain.written_square := greatest(p_chain.written_square * least(1, 2000 / p_chain.written_n)
+        + v_off ^ 2 * (p_chain.written_n - 1) / p_chain.written_n, 1e-9);
+      p_chain.written_mean := p_chain.written_mean + v_off / p_chain.written_n;
+    else
+      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
+      v_edge := kakunin_private.clipped(v_log_rows, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
+      v_off := case when abs(v_edge - p_chain.rows_mean) > 1e-9 then v_edge - p_chain.rows_mean else 0 end;
+      p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
+      p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
+        + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
+      p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
     end if;
-    v_off := case when abs(v_part - p_chain.rows_mean) > 1e-9 then v_part - p_chain.rows_mean else 0 end;
-    p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
-    p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-      + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
-    p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
+    if p_chain.expected is not null and v_part >= 0.01 then
+      v_factors := v_factors || jsonb_build_object('rows', round(v_part::numeric, 3));
+      v_usual := v_usual * (1 - v_part);
+      v_own := v_own - ln(1 - v_part) / 2;
+    end if;
   end if;
+  v_score := 1 - (1 - v_hard) * v_usual;
   if v_hard < v_set.critical then
     v_score := greatest(v_hard, least(v_score, v_set.critical - 0.01));
   end if;
@@ -4115,9 +4171,14 @@ begin
   v_fade := kakunin_private.faded(p_chain.risk_at, p_recorded_at, v_set.half_life);
   p_chain.risk_at := greatest(p_chain.risk_at, p_recorded_at);
   p_chain.hard := case when p_chain.hard > 1e-6 then p_chain.hard * v_fade else 0 end + kakunin_private.excess(v_hard);
-  p_chain.soft := case when p_chain.soft > 1e-6 then p_chain.soft * v_fade else 0 end
-    + greatest(kakunin_private.excess(v_score) - kakunin_private.excess(v_hard) - p_chain.hour_soft, 0);
-  p_chain.hour_soft := greatest(p_chain.hour_soft, kakunin_private.excess(v_score) - kakunin_private.excess(v_hard));
+  -- What is unusual is weighed as if it were of an event that is medium at most: what is certain has its own weight already, and a
+  -- mistake is often one with a tool or an amount that is new.
+  v_part := least(v_hard, v_set.medium);
+  v_soft := kakunin_private.excess(1 - (1 - v_part) * v_usual) - kakunin_private.excess(v_part);
+  -- Amounts and rows far beyond what is usual are so rare that each is evidence: half of what it weighs, also where it is
+  -- not the most of its hour. Some five in a row make an agent high, a single large export does not.
+  p_chain.soft := case when p_chain.soft > 1e-6 then p_chain.soft * v_fade else 0 end + greatest(v_soft - p_chain.hour_soft, v_own, 0);
+  p_chain.hour_soft := greatest(p_chain.hour_soft, v_soft);
   v_total := kakunin_private.agent_score(
     v_other_hard + p_chain.hard, v_other_soft + p_chain.soft,
     greatest(v_drift, p_chain.drift * kakunin_private.faded(p_chain.hour, p_recorded_at, v_set.half_life)), p_bound.risk_factor, v_set.soft_limit);
@@ -4477,11 +4538,11 @@ begin
     v_after := jsonb_populate_record(v_before, settings);
     update kakunin_private.risk_settings s
        set (mode, base, medium, high, critical, half_life, soft_limit, violation, gross, gross_ratio, rate_weight, amount_weight,
-            rows_weight, novelty_weight, malformed_weight, drift_weight, rate_floor, history_days)
+            rows_weight, novelty_weight, malformed_weight, drift_weight, rate_floor, quiet_floor, history_days)
          = (select v_after.mode, v_after.base, v_after.medium, v_after.high, v_after.critical, v_after.half_life, v_after.soft_limit,
                    v_after.violation, v_after.gross, v_after.gross_ratio, v_after.rate_weight, v_after.amount_weight,
                    v_after.rows_weight, v_after.novelty_weight, v_after.malformed_weight, v_after.drift_weight,
-                   v_after.rate_floor, v_after.history_days);
+                   v_after.rate_floor, v_after.quiet_floor, v_after.history_days);
   exception
     when check_violation or not_null_violation or data_exception then
       raise exception using errcode = 'KA010', message = format('a setting of risk is not what it must be: %s', sqlerrm),
