@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _audit_commands(_group(groups, "audit", "the ledger: its key, its proofs, reading it out"))
     _worker_commands(groups)
     _webhook_commands(_group(groups, "webhooks", "who is told what was decided"))
-    demo = groups.add_parser("demo", help="start a Postgres, bind agents, show who sees what, and verify the ledger")
+    demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
     demo.set_defaults(run=_demo)
     return parser
 
