@@ -49,8 +49,23 @@ FIRST = {
 }  # fmt: skip
 
 
+# Of moments and not of versions: where several majors are tested in one run, these are on the newest alone.
+ONE_MAJOR = {"test_crash", "test_failover"}
+
+
 @pytest.hookimpl(trylast=True)  # the tests of a file and major stay together, as pytest's fixtures have them
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    older = [
+        item
+        for item in items
+        if item.path.stem in ONE_MAJOR
+        and isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("cluster", MAJORS[-1]) != MAJORS[-1]
+    ]
+    if older:
+        config.hook.pytest_deselected(items=older)
+        items[:] = [item for item in items if item not in older]
     if hasattr(config, "workerinput"):  # with --dist loadfile --no-loadscope-reorder
         size = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.path.stem not in FIRST, -size[item.path], item.path))
