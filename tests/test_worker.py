@@ -486,7 +486,7 @@ def test_g9_kms_is_out(cluster: Cluster, wire: Wire, outage: str, monkeypatch: p
             line.turn("whole")
             wire.faults.clear()
             until(signed(database), "the signature")
-            assert healthy(database)
+            until(lambda: healthy(database), "its health")
             until(lambda: not worker.metrics.gauges["kakunin_ledger_lag_entries"], "the metrics")
         verify(database)
 
