@@ -248,7 +248,7 @@ begin
     || ',"certificates":' || coalesce((select '[' || string_agg(to_json(s)::text, ',' order by n) || ']'
                                          from unnest(v_serials) with ordinality as u(s, n)), '[]')
     || ',"halt_id":' || to_json(v_halt_id::text)
-    || ',"halted_at":' || to_json(to_char(v_now at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'))
+    || ',"halted_at":' || to_json(kakunin_private.rfc3339(v_now))
     || ',"halted_by":' || to_json(session_user::text)
     || ',"installation":' || to_json(kakunin.installation_id()::text)
     || ',"reason":' || to_json(halt_agent.reason)

@@ -21,6 +21,10 @@
 -- Partitions are by month, made ahead by make_partitions(). Where that was forgotten the default partition takes the
 -- entries: an append, and with it a halt, must not fail for want of a table.
 
+create type kakunin_private.baseline as (n double precision, mean double precision, square double precision);
+comment on type kakunin_private.baseline is
+  'What is usual of a number: how often it was given, the mean of its logarithm and the sum of squared differences from that';
+
 create table kakunin_private.chains (
   chain_id bigint generated always as identity primary key,
   agent_id uuid not null,
@@ -38,15 +42,9 @@ create table kakunin_private.chains (
   hour_events   bigint not null default 0,
   counts        jsonb not null default '{}',
   expected      double precision,
-  amount_n      double precision not null default 0,
-  amount_mean   double precision not null default 0,
-  amount_square double precision not null default 0,
-  rows_n        double precision not null default 0,
-  rows_mean     double precision not null default 0,
-  rows_square   double precision not null default 0,
-  written_n     double precision not null default 0,
-  written_mean  double precision not null default 0,
-  written_square double precision not null default 0,
+  usual_amount  kakunin_private.baseline not null default row(0, 0, 0),
+  usual_read    kakunin_private.baseline not null default row(0, 0, 0),
+  usual_written kakunin_private.baseline not null default row(0, 0, 0),
   known         integer not null default 0,
   spent_on      timestamptz,
   spent_usd     numeric not null default 0
@@ -61,7 +59,7 @@ comment on column kakunin_private.chains.alerted is 'Whether its agent was high 
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
-comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise of rows read, written_ of rows written';
+comment on column kakunin_private.chains.usual_amount is 'Of amounts in USD; usual_read of rows read, usual_written of rows written';
 comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';
 comment on column kakunin_private.chains.spent_usd is 'Amounts of transaction_initiated on the day spent_on (UTC)';
 
@@ -265,7 +263,7 @@ begin
   select n.event_id, n.recorded_at, p_agent_id, pg_current_xact_id(), concat(
            '{"kakunin":"entry/1","installation":"', p_installation,
            '","event_id":', n.event_id,
-           ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+           ',"recorded_at":"', kakunin_private.rfc3339(n.recorded_at),
            '","event_type":"', p_event_type,
            case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
            case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
@@ -280,11 +278,9 @@ begin
   update kakunin_private.chains c
      set sequence = p_chain.sequence + 1, head = v_hash, risk_epoch = p_chain.risk_epoch, risk_at = p_chain.risk_at,
          hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
-         hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
-         amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
-         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, written_n = p_chain.written_n,
-         written_mean = p_chain.written_mean, written_square = p_chain.written_square, known = p_chain.known,
-         spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
+         hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts,
+         expected = p_chain.expected, usual_amount = p_chain.usual_amount, usual_read = p_chain.usual_read,
+         usual_written = p_chain.usual_written, known = p_chain.known, spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
    where c.chain_id = p_chain.chain_id;
   return jsonb_build_object(
     'event_id', v_event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
@@ -347,6 +343,11 @@ return (
   select max(n.depth) > 64 from nested n);
 comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and objects are nested more than 64 deep';
 
+create function kakunin_private.is_event_type(p_text text) returns boolean
+language sql immutable parallel safe
+return p_text collate "C" ~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$';
+comment on function kakunin_private.is_event_type(text) is 'Whether an agent''s event may have this type. One with a dot is the kit''s own';
+
 create function kakunin.audit_log_append(
   event_type text, metadata jsonb default '{}', session_id text default null, occurred_at timestamptz default null
 ) returns jsonb
@@ -365,7 +366,7 @@ declare
   v_scored   kakunin_private.assessed;
   v_entry    jsonb;
 begin
-  if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
+  if v_type is null or not kakunin_private.is_event_type(v_type) then
     raise exception using errcode = 'KA010',
       message = 'an event type is 1 to 64 characters from A-Z a-z 0-9 _ : -, and begins with a letter',
       hint = 'Such as api_call, data_access or transaction_initiated. Names with a dot are the kit''s own.';

@@ -157,21 +157,36 @@ language sql immutable parallel safe
 return substr(sha256(convert_to(p_kind || ':' || p_value, 'UTF8')), 1, 16);
 comment on function kakunin_private.known_digest(text, text) is 'How risk_known has a value';
 
--- How far a value is beyond what this agent does: 0 up to three standard deviations above the mean of its logarithm, towards 1 beyond.
-create function kakunin_private.beyond(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
-returns double precision
+create function kakunin_private.spread(p_usual kakunin_private.baseline) returns double precision
 language sql immutable parallel safe
-return case when p_n >= 30 then
-  1 - 1 / (1 + greatest((p_value - p_mean) / greatest(sqrt(greatest(p_square / p_n, 0)), 0.25) - 3, 0)) else 0 end;
-comment on function kakunin_private.beyond(double precision, double precision, double precision, double precision) is
-  'From 0 to 1; p_square is the sum of squared differences from the mean';
+return greatest(sqrt(greatest((p_usual).square / (p_usual).n, 0)), 0.25);
+comment on function kakunin_private.spread(kakunin_private.baseline) is 'The standard deviation, and 0.25 at least';
 
-create function kakunin_private.clipped(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
-returns double precision
+create function kakunin_private.beyond(p_value double precision, p_usual kakunin_private.baseline) returns double precision
 language sql immutable parallel safe
-return case when p_n >= 30 then least(p_value, p_mean + 3 * greatest(sqrt(greatest(p_square / p_n, 0)), 0.25)) else p_value end;
-comment on function kakunin_private.clipped(double precision, double precision, double precision, double precision) is
-  'What a baseline learns of a value: three standard deviations above the mean at most, so that who goes far beyond does not make it usual';
+return case when (p_usual).n >= 30
+  then 1 - 1 / (1 + greatest((p_value - (p_usual).mean) / kakunin_private.spread(p_usual) - 3, 0)) else 0 end;
+comment on function kakunin_private.beyond(double precision, kakunin_private.baseline) is
+  'How far the logarithm of a value is beyond what is usual: 0 up to three standard deviations above the mean, towards 1 beyond';
+
+-- Welford's, with what is older than some thousand events fading. What is beyond three standard deviations counts as if it were
+-- there, so that who goes far beyond does not make it usual.
+create function kakunin_private.learned(p_usual kakunin_private.baseline, p_value double precision) returns kakunin_private.baseline
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_edge constant double precision :=
+    case when p_usual.n >= 30 then least(p_value, p_usual.mean + 3 * kakunin_private.spread(p_usual)) else p_value end;
+  v_off  constant double precision := case when abs(v_edge - p_usual.mean) > 1e-9 then v_edge - p_usual.mean else 0 end;
+begin
+  p_usual.n := least(p_usual.n, 2000) + 1;
+  p_usual.square := greatest(p_usual.square * least(1, 2000 / p_usual.n) + v_off ^ 2 * (p_usual.n - 1) / p_usual.n, 1e-9);
+  p_usual.mean := p_usual.mean + v_off / p_usual.n;
+  return p_usual;
+end
+$$;
+comment on function kakunin_private.learned(kakunin_private.baseline, double precision) is
+  'What is usual after another value, by its logarithm';
 
 -- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
 create function kakunin_private.violations(
@@ -322,10 +337,9 @@ begin
     then case when v_rate.days >= 10 and v_rate.days_near <= v_rate.days / 10 then v_set.quiet_floor
               else greatest(v_set.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end end;
   -- A chain that is new knows no amounts, but its agent has had some.
-  if p_chain.amount_n < 30 and v_rate.amounts > 0 then
-    p_chain.amount_n := v_rate.amounts;
-    p_chain.amount_mean := v_rate.log_sum / v_rate.amounts;
-    p_chain.amount_square := greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0);
+  if (p_chain.usual_amount).n < 30 and v_rate.amounts > 0 then
+    p_chain.usual_amount := row(v_rate.amounts, v_rate.log_sum / v_rate.amounts,
+      greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0))::kakunin_private.baseline;
   end if;
   p_chain.drift := v_faded;
   if (not c_today or v_faded > 0.05) and v_rate.since <= p_hour - interval '336 hours' then
@@ -364,8 +378,6 @@ declare
   v_part       double precision;
   v_usual      double precision := 1::double precision;
   v_own        double precision := 0::double precision;
-  v_edge       double precision;
-  v_off        double precision;
   v_soft       double precision;
   v_fade       double precision;
   v_total      double precision;
@@ -495,7 +507,7 @@ begin
   if v_amount > 0 then
     v_log := ln(greatest(v_amount, 0.01))::double precision;
     if p_chain.expected is not null then
-      v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
+      v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.usual_amount);
       if v_part >= 0.01 then
         v_factors := v_factors || jsonb_build_object('amount_deviation', round(v_part::numeric, 3));
         v_usual := v_usual * (1 - v_part);
@@ -505,32 +517,16 @@ begin
     if v_type = 'transaction_initiated' then
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
-    -- Welford's, with what is older than some thousand events fading; and what is beyond the edge counts as if it were at it.
-    v_edge := kakunin_private.clipped(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
-    v_off := case when abs(v_edge - p_chain.amount_mean) > 1e-9 then v_edge - p_chain.amount_mean else 0 end;
-    p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
-    p_chain.amount_square := greatest(p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
-      + v_off ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n, 1e-9);
-    p_chain.amount_mean := p_chain.amount_mean + v_off / p_chain.amount_n;
+    p_chain.usual_amount := kakunin_private.learned(p_chain.usual_amount, v_log);
   end if;
   if v_rows > 0 then
     v_log_rows := ln(v_rows)::double precision;
     if v_type = 'data_mutation' then  -- rows written are not of the size of those read
-      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.written_n, p_chain.written_mean, p_chain.written_square);
-      v_edge := kakunin_private.clipped(v_log_rows, p_chain.written_n, p_chain.written_mean, p_chain.written_square);
-      v_off := case when abs(v_edge - p_chain.written_mean) > 1e-9 then v_edge - p_chain.written_mean else 0 end;
-      p_chain.written_n := least(p_chain.written_n, 2000) + 1;
-      p_chain.written_square := greatest(p_chain.written_square * least(1, 2000 / p_chain.written_n)
-        + v_off ^ 2 * (p_chain.written_n - 1) / p_chain.written_n, 1e-9);
-      p_chain.written_mean := p_chain.written_mean + v_off / p_chain.written_n;
+      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.usual_written);
+      p_chain.usual_written := kakunin_private.learned(p_chain.usual_written, v_log_rows);
     else
-      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
-      v_edge := kakunin_private.clipped(v_log_rows, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
-      v_off := case when abs(v_edge - p_chain.rows_mean) > 1e-9 then v_edge - p_chain.rows_mean else 0 end;
-      p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
-      p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-        + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
-      p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
+      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.usual_read);
+      p_chain.usual_read := kakunin_private.learned(p_chain.usual_read, v_log_rows);
     end if;
     if p_chain.expected is not null and v_part >= 0.01 then
       v_factors := v_factors || jsonb_build_object('rows', round(v_part::numeric, 3));
@@ -728,9 +724,7 @@ create function kakunin.agent_risk(agent_id uuid) returns jsonb
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if not exists (select from kakunin_private.agents a where a.agent_id = agent_risk.agent_id) then
-    raise exception using errcode = 'KA010', message = format('no agent %s', coalesce(agent_risk.agent_id::text, 'given'));
-  end if;
+  perform kakunin_private.check_known_agent(agent_risk.agent_id);
   return kakunin_private.risk_profile(agent_risk.agent_id);
 end
 $$;
@@ -904,7 +898,7 @@ begin
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
     or exists (select from jsonb_each(case jsonb_typeof(settings -> 'base') when 'object' then settings -> 'base' else '{}' end) e
-                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999
+                where not kakunin_private.is_event_type(e.key) or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999
                    or scale((e.value::text)::numeric) > 6)
     or (select count(*) from jsonb_object_keys(settings -> 'base')) > 100) then
     raise exception using errcode = 'KA010',
@@ -1048,16 +1042,14 @@ declare
   v_count bigint;
   v_wrong bigint;
 begin
-  if not exists (select from kakunin_private.agents a where a.agent_id = import_events.agent_id) then
-    raise exception using errcode = 'KA010', message = format('no agent %s', coalesce(import_events.agent_id::text, 'given'));
-  end if;
+  perform kakunin_private.check_known_agent(import_events.agent_id);
   if coalesce(jsonb_typeof(events) <> 'array', true) or jsonb_array_length(events) not between 1 and 10000 then
     raise exception using errcode = 'KA010', message = 'events are a JSON array of 1 to 10000',
       hint = 'Each {"occurred_at": "<RFC 3339>", "event_type": "...", "metadata": {...}}.';
   end if;
   select min(e.at) into v_wrong
     from jsonb_array_elements(events) with ordinality as e(event, at)
-   where not coalesce(jsonb_typeof(e.event -> 'event_type') = 'string' and e.event ->> 'event_type' ~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$'
+   where not coalesce(jsonb_typeof(e.event -> 'event_type') = 'string' and kakunin_private.is_event_type(e.event ->> 'event_type')
      and jsonb_typeof(e.event -> 'occurred_at') = 'string'
      and e.event ->> 'occurred_at' ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})$', false);
   if v_wrong is not null then

@@ -463,8 +463,9 @@ def test_g8_equal_amounts_for_ever(kit: Database, agent: Agent, kind: str, membe
     kit.run(
         "installer",
         "update kakunin_private.chains"
-        " set amount_mean = 1e-200, rows_mean = 1e-200, written_mean = 1e-200, amount_n = 2001,"
-        " rows_n = 2001, written_n = 2001"
+        " set usual_amount = row(2001, 1e-200, (usual_amount).square),"
+        " usual_read = row(2001, 1e-200, (usual_read).square),"
+        " usual_written = row(2001, 1e-200, (usual_written).square)"
         " where agent_id = %s",
         [agent.agent_id],
     )
@@ -586,7 +587,7 @@ def test_g7_the_same_score_whatever_the_session_is_set_to(kit: Database, agent: 
         state = kit.run(
             "postgres",
             "select round(hard::numeric, 6), round(soft::numeric, 6), counts, expected,"
-            " round(amount_mean::numeric, 6), spent_usd, known"
+            " round((usual_amount).mean::numeric, 6), spent_usd, known"
             " from kakunin_private.chains where agent_id = %s and hour is not null",
             [who.agent_id],
         )

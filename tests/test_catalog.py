@@ -427,7 +427,7 @@ SHADOWED_TABLES = [
     "ledger", "chains", "sleeper", "partitions", "tree", "tree_nodes", "tree_heads", "ledger_keys", "batches",
     "leader", "exports", "kakunin_rows", "webhook_endpoints", "webhook_messages", "webhook_deliveries",
     "expirations", "expiry_sweep", "risk_settings", "risk_hours", "risk_known", "risk_reviews", "risk_stops",
-    "spending", "bound", "taken", "assessed",
+    "spending", "baseline", "bound", "taken", "assessed",
 ]  # fmt: skip
 # Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
 EXACT = [

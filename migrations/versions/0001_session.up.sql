@@ -2566,7 +2566,7 @@ begin
     || ',"certificates":' || coalesce((select '[' || string_agg(to_json(s)::text, ',' order by n) || ']'
                                          from unnest(v_serials) with ordinality as u(s, n)), '[]')
     || ',"halt_id":' || to_json(v_halt_id::text)
-    || ',"halted_at":' || to_json(to_char(v_now at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'))
+    || ',"halted_at":' || to_json(kakunin_private.rfc3339(v_now))
     || ',"halted_by":' || to_json(session_user::text)
     || ',"installation":' || to_json(kakunin.installation_id()::text)
     || ',"reason":' || to_json(halt_agent.reason)
@@ -3210,6 +3210,10 @@ comment on function kakunin.unprotect(regclass) is
 -- Partitions are by month, made ahead by make_partitions(). Where that was forgotten the default partition takes the
 -- entries: an append, and with it a halt, must not fail for want of a table.
 
+create type kakunin_private.baseline as (n double precision, mean double precision, square double precision);
+comment on type kakunin_private.baseline is
+  'What is usual of a number: how often it was given, the mean of its logarithm and the sum of squared differences from that';
+
 create table kakunin_private.chains (
   chain_id bigint generated always as identity primary key,
   agent_id uuid not null,
@@ -3227,15 +3231,9 @@ create table kakunin_private.chains (
   hour_events   bigint not null default 0,
   counts        jsonb not null default '{}',
   expected      double precision,
-  amount_n      double precision not null default 0,
-  amount_mean   double precision not null default 0,
-  amount_square double precision not null default 0,
-  rows_n        double precision not null default 0,
-  rows_mean     double precision not null default 0,
-  rows_square   double precision not null default 0,
-  written_n     double precision not null default 0,
-  written_mean  double precision not null default 0,
-  written_square double precision not null default 0,
+  usual_amount  kakunin_private.baseline not null default row(0, 0, 0),
+  usual_read    kakunin_private.baseline not null default row(0, 0, 0),
+  usual_written kakunin_private.baseline not null default row(0, 0, 0),
   known         integer not null default 0,
   spent_on      timestamptz,
   spent_usd     numeric not null default 0
@@ -3250,7 +3248,7 @@ comment on column kakunin_private.chains.alerted is 'Whether its agent was high 
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
-comment on column kakunin_private.chains.amount_mean is 'Of the logarithms of amounts, and amount_square the sum of squared differences from it; rows_ likewise of rows read, written_ of rows written';
+comment on column kakunin_private.chains.usual_amount is 'Of amounts in USD; usual_read of rows read, usual_written of rows written';
 comment on column kakunin_private.chains.known is 'Rows it has added to risk_known';
 comment on column kakunin_private.chains.spent_usd is 'Amounts of transaction_initiated on the day spent_on (UTC)';
 
@@ -3454,7 +3452,7 @@ begin
   select n.event_id, n.recorded_at, p_agent_id, pg_current_xact_id(), concat(
            '{"kakunin":"entry/1","installation":"', p_installation,
            '","event_id":', n.event_id,
-           ',"recorded_at":"', to_char(n.recorded_at at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+           ',"recorded_at":"', kakunin_private.rfc3339(n.recorded_at),
            '","event_type":"', p_event_type,
            case when p_agent_id is null then '","agent_id":null' else '","agent_id":"' || p_agent_id || '"' end,
            case when p_serial is null then ',"serial":null' else ',"serial":"' || p_serial || '"' end,
@@ -3469,11 +3467,9 @@ begin
   update kakunin_private.chains c
      set sequence = p_chain.sequence + 1, head = v_hash, risk_epoch = p_chain.risk_epoch, risk_at = p_chain.risk_at,
          hard = p_chain.hard, soft = p_chain.soft, drift = p_chain.drift, alerted = p_chain.alerted, hour = p_chain.hour,
-         hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts, expected = p_chain.expected, amount_n = p_chain.amount_n,
-         amount_mean = p_chain.amount_mean, amount_square = p_chain.amount_square, rows_n = p_chain.rows_n,
-         rows_mean = p_chain.rows_mean, rows_square = p_chain.rows_square, written_n = p_chain.written_n,
-         written_mean = p_chain.written_mean, written_square = p_chain.written_square, known = p_chain.known,
-         spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
+         hour_soft = p_chain.hour_soft, hour_events = p_chain.hour_events, counts = p_chain.counts,
+         expected = p_chain.expected, usual_amount = p_chain.usual_amount, usual_read = p_chain.usual_read,
+         usual_written = p_chain.usual_written, known = p_chain.known, spent_on = p_chain.spent_on, spent_usd = p_chain.spent_usd
    where c.chain_id = p_chain.chain_id;
   return jsonb_build_object(
     'event_id', v_event_id, 'event_type', p_event_type, 'agent_id', p_agent_id,
@@ -3536,6 +3532,11 @@ return (
   select max(n.depth) > 64 from nested n);
 comment on function kakunin_private.is_too_deep(jsonb) is 'Whether arrays and objects are nested more than 64 deep';
 
+create function kakunin_private.is_event_type(p_text text) returns boolean
+language sql immutable parallel safe
+return p_text collate "C" ~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$';
+comment on function kakunin_private.is_event_type(text) is 'Whether an agent''s event may have this type. One with a dot is the kit''s own';
+
 create function kakunin.audit_log_append(
   event_type text, metadata jsonb default '{}', session_id text default null, occurred_at timestamptz default null
 ) returns jsonb
@@ -3554,7 +3555,7 @@ declare
   v_scored   kakunin_private.assessed;
   v_entry    jsonb;
 begin
-  if v_type is null or v_type !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' then
+  if v_type is null or not kakunin_private.is_event_type(v_type) then
     raise exception using errcode = 'KA010',
       message = 'an event type is 1 to 64 characters from A-Z a-z 0-9 _ : -, and begins with a letter',
       hint = 'Such as api_call, data_access or transaction_initiated. Names with a dot are the kit''s own.';
@@ -3781,21 +3782,36 @@ language sql immutable parallel safe
 return substr(sha256(convert_to(p_kind || ':' || p_value, 'UTF8')), 1, 16);
 comment on function kakunin_private.known_digest(text, text) is 'How risk_known has a value';
 
--- How far a value is beyond what this agent does: 0 up to three standard deviations above the mean of its logarithm, towards 1 beyond.
-create function kakunin_private.beyond(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
-returns double precision
+create function kakunin_private.spread(p_usual kakunin_private.baseline) returns double precision
 language sql immutable parallel safe
-return case when p_n >= 30 then
-  1 - 1 / (1 + greatest((p_value - p_mean) / greatest(sqrt(greatest(p_square / p_n, 0)), 0.25) - 3, 0)) else 0 end;
-comment on function kakunin_private.beyond(double precision, double precision, double precision, double precision) is
-  'From 0 to 1; p_square is the sum of squared differences from the mean';
+return greatest(sqrt(greatest((p_usual).square / (p_usual).n, 0)), 0.25);
+comment on function kakunin_private.spread(kakunin_private.baseline) is 'The standard deviation, and 0.25 at least';
 
-create function kakunin_private.clipped(p_value double precision, p_n double precision, p_mean double precision, p_square double precision)
-returns double precision
+create function kakunin_private.beyond(p_value double precision, p_usual kakunin_private.baseline) returns double precision
 language sql immutable parallel safe
-return case when p_n >= 30 then least(p_value, p_mean + 3 * greatest(sqrt(greatest(p_square / p_n, 0)), 0.25)) else p_value end;
-comment on function kakunin_private.clipped(double precision, double precision, double precision, double precision) is
-  'What a baseline learns of a value: three standard deviations above the mean at most, so that who goes far beyond does not make it usual';
+return case when (p_usual).n >= 30
+  then 1 - 1 / (1 + greatest((p_value - (p_usual).mean) / kakunin_private.spread(p_usual) - 3, 0)) else 0 end;
+comment on function kakunin_private.beyond(double precision, kakunin_private.baseline) is
+  'How far the logarithm of a value is beyond what is usual: 0 up to three standard deviations above the mean, towards 1 beyond';
+
+-- Welford's, with what is older than some thousand events fading. What is beyond three standard deviations counts as if it were
+-- there, so that who goes far beyond does not make it usual.
+create function kakunin_private.learned(p_usual kakunin_private.baseline, p_value double precision) returns kakunin_private.baseline
+language plpgsql immutable parallel safe
+as $$
+declare
+  v_edge constant double precision :=
+    case when p_usual.n >= 30 then least(p_value, p_usual.mean + 3 * kakunin_private.spread(p_usual)) else p_value end;
+  v_off  constant double precision := case when abs(v_edge - p_usual.mean) > 1e-9 then v_edge - p_usual.mean else 0 end;
+begin
+  p_usual.n := least(p_usual.n, 2000) + 1;
+  p_usual.square := greatest(p_usual.square * least(1, 2000 / p_usual.n) + v_off ^ 2 * (p_usual.n - 1) / p_usual.n, 1e-9);
+  p_usual.mean := p_usual.mean + v_off / p_usual.n;
+  return p_usual;
+end
+$$;
+comment on function kakunin_private.learned(kakunin_private.baseline, double precision) is
+  'What is usual after another value, by its logarithm';
 
 -- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
 create function kakunin_private.violations(
@@ -3946,10 +3962,9 @@ begin
     then case when v_rate.days >= 10 and v_rate.days_near <= v_rate.days / 10 then v_set.quiet_floor
               else greatest(v_set.rate_floor, 2 * coalesce(v_rate.most, 0), v_rate.overall) end end;
   -- A chain that is new knows no amounts, but its agent has had some.
-  if p_chain.amount_n < 30 and v_rate.amounts > 0 then
-    p_chain.amount_n := v_rate.amounts;
-    p_chain.amount_mean := v_rate.log_sum / v_rate.amounts;
-    p_chain.amount_square := greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0);
+  if (p_chain.usual_amount).n < 30 and v_rate.amounts > 0 then
+    p_chain.usual_amount := row(v_rate.amounts, v_rate.log_sum / v_rate.amounts,
+      greatest(v_rate.log_square - v_rate.log_sum ^ 2 / v_rate.amounts, 0))::kakunin_private.baseline;
   end if;
   p_chain.drift := v_faded;
   if (not c_today or v_faded > 0.05) and v_rate.since <= p_hour - interval '336 hours' then
@@ -3988,8 +4003,6 @@ declare
   v_part       double precision;
   v_usual      double precision := 1::double precision;
   v_own        double precision := 0::double precision;
-  v_edge       double precision;
-  v_off        double precision;
   v_soft       double precision;
   v_fade       double precision;
   v_total      double precision;
@@ -4119,7 +4132,7 @@ begin
   if v_amount > 0 then
     v_log := ln(greatest(v_amount, 0.01))::double precision;
     if p_chain.expected is not null then
-      v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
+      v_part := v_set.amount_weight * kakunin_private.beyond(v_log, p_chain.usual_amount);
       if v_part >= 0.01 then
         v_factors := v_factors || jsonb_build_object('amount_deviation', round(v_part::numeric, 3));
         v_usual := v_usual * (1 - v_part);
@@ -4129,32 +4142,16 @@ begin
     if v_type = 'transaction_initiated' then
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
-    -- Welford's, with what is older than some thousand events fading; and what is beyond the edge counts as if it were at it.
-    v_edge := kakunin_private.clipped(v_log, p_chain.amount_n, p_chain.amount_mean, p_chain.amount_square);
-    v_off := case when abs(v_edge - p_chain.amount_mean) > 1e-9 then v_edge - p_chain.amount_mean else 0 end;
-    p_chain.amount_n := least(p_chain.amount_n, 2000) + 1;
-    p_chain.amount_square := greatest(p_chain.amount_square * least(1, 2000 / p_chain.amount_n)
-      + v_off ^ 2 * (p_chain.amount_n - 1) / p_chain.amount_n, 1e-9);
-    p_chain.amount_mean := p_chain.amount_mean + v_off / p_chain.amount_n;
+    p_chain.usual_amount := kakunin_private.learned(p_chain.usual_amount, v_log);
   end if;
   if v_rows > 0 then
     v_log_rows := ln(v_rows)::double precision;
     if v_type = 'data_mutation' then  -- rows written are not of the size of those read
-      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.written_n, p_chain.written_mean, p_chain.written_square);
-      v_edge := kakunin_private.clipped(v_log_rows, p_chain.written_n, p_chain.written_mean, p_chain.written_square);
-      v_off := case when abs(v_edge - p_chain.written_mean) > 1e-9 then v_edge - p_chain.written_mean else 0 end;
-      p_chain.written_n := least(p_chain.written_n, 2000) + 1;
-      p_chain.written_square := greatest(p_chain.written_square * least(1, 2000 / p_chain.written_n)
-        + v_off ^ 2 * (p_chain.written_n - 1) / p_chain.written_n, 1e-9);
-      p_chain.written_mean := p_chain.written_mean + v_off / p_chain.written_n;
+      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.usual_written);
+      p_chain.usual_written := kakunin_private.learned(p_chain.usual_written, v_log_rows);
     else
-      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
-      v_edge := kakunin_private.clipped(v_log_rows, p_chain.rows_n, p_chain.rows_mean, p_chain.rows_square);
-      v_off := case when abs(v_edge - p_chain.rows_mean) > 1e-9 then v_edge - p_chain.rows_mean else 0 end;
-      p_chain.rows_n := least(p_chain.rows_n, 2000) + 1;
-      p_chain.rows_square := greatest(p_chain.rows_square * least(1, 2000 / p_chain.rows_n)
-        + v_off ^ 2 * (p_chain.rows_n - 1) / p_chain.rows_n, 1e-9);
-      p_chain.rows_mean := p_chain.rows_mean + v_off / p_chain.rows_n;
+      v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.usual_read);
+      p_chain.usual_read := kakunin_private.learned(p_chain.usual_read, v_log_rows);
     end if;
     if p_chain.expected is not null and v_part >= 0.01 then
       v_factors := v_factors || jsonb_build_object('rows', round(v_part::numeric, 3));
@@ -4352,9 +4349,7 @@ create function kakunin.agent_risk(agent_id uuid) returns jsonb
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if not exists (select from kakunin_private.agents a where a.agent_id = agent_risk.agent_id) then
-    raise exception using errcode = 'KA010', message = format('no agent %s', coalesce(agent_risk.agent_id::text, 'given'));
-  end if;
+  perform kakunin_private.check_known_agent(agent_risk.agent_id);
   return kakunin_private.risk_profile(agent_risk.agent_id);
 end
 $$;
@@ -4528,7 +4523,7 @@ begin
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
     or exists (select from jsonb_each(case jsonb_typeof(settings -> 'base') when 'object' then settings -> 'base' else '{}' end) e
-                where e.key !~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$' or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999
+                where not kakunin_private.is_event_type(e.key) or jsonb_typeof(e.value) <> 'number' or (e.value::text)::numeric not between 0 and 0.999
                    or scale((e.value::text)::numeric) > 6)
     or (select count(*) from jsonb_object_keys(settings -> 'base')) > 100) then
     raise exception using errcode = 'KA010',
@@ -4672,16 +4667,14 @@ declare
   v_count bigint;
   v_wrong bigint;
 begin
-  if not exists (select from kakunin_private.agents a where a.agent_id = import_events.agent_id) then
-    raise exception using errcode = 'KA010', message = format('no agent %s', coalesce(import_events.agent_id::text, 'given'));
-  end if;
+  perform kakunin_private.check_known_agent(import_events.agent_id);
   if coalesce(jsonb_typeof(events) <> 'array', true) or jsonb_array_length(events) not between 1 and 10000 then
     raise exception using errcode = 'KA010', message = 'events are a JSON array of 1 to 10000',
       hint = 'Each {"occurred_at": "<RFC 3339>", "event_type": "...", "metadata": {...}}.';
   end if;
   select min(e.at) into v_wrong
     from jsonb_array_elements(events) with ordinality as e(event, at)
-   where not coalesce(jsonb_typeof(e.event -> 'event_type') = 'string' and e.event ->> 'event_type' ~ '^[A-Za-z][A-Za-z0-9_:-]{0,63}$'
+   where not coalesce(jsonb_typeof(e.event -> 'event_type') = 'string' and kakunin_private.is_event_type(e.event ->> 'event_type')
      and jsonb_typeof(e.event -> 'occurred_at') = 'string'
      and e.event ->> 'occurred_at' ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?(Z|[+-][0-9]{2}:[0-9]{2})$', false);
   if v_wrong is not null then
