@@ -27,7 +27,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
-from ledger import ENTRY, METADATA, prepare
+from ledger import ENTRY, METADATA, fill, prepare
 
 REPEATS = 300
 
@@ -50,13 +50,7 @@ def history(admin: psycopg.Connection[Any], agent_id: Any, serial: str, events: 
         " limit %s",
         [agent_id, events, events, events],
     )
-    # A thousand to a transaction: each walks past the versions of the chain that its transaction made before.
-    for _ in range(0, events, 1000):
-        admin.execute(
-            "select count(kakunin_private.append('data_access', %s, %s, 's-1', %s, %s))"
-            " from generate_series(1, 1000)",
-            [agent_id, serial, METADATA, agent_id],
-        )
+    fill(admin, agent_id, serial, events)
 
 
 def main() -> None:

@@ -219,8 +219,20 @@ def compare(cluster: Cluster, options: argparse.Namespace) -> None:
         thread.join()
 
 
+def fill(admin: psycopg.Connection[Any], agent_id: uuid.UUID, serial: str, count: int) -> None:
+    """Appends so many entries of an agent by the kit's own function.
+
+    A thousand to a transaction: each walks past the versions of the chain that its transaction made before.
+    """
+    for done in range(0, count, 1000):
+        admin.execute(
+            "select count(kakunin_private.append('data_access', %s, %s, 's-1', %s, %s))"
+            " from generate_series(1, %s)",
+            [agent_id, serial, METADATA, agent_id, min(1000, count - done)],
+        )
+
+
 def grow(cluster: Cluster, sizes: list[int]) -> None:
-    """Entries are appended by the kit's own function, a thousand to a transaction."""
     print(
         f"\n{'entries':>10} {'append':>10} {'seal 1000':>10} {'root':>10} {'status':>10} {'ledger, tree':>18}"
     )
@@ -229,18 +241,7 @@ def grow(cluster: Cluster, sizes: list[int]) -> None:
         for goal in sizes:
             while size < goal:
                 count = min(20_000, goal - size)
-                for _ in range(0, count, 1000):
-                    admin.execute(
-                        "select count(kakunin_private.append('data_access', %s, %s, 's-1', %s, %s))"
-                        " from generate_series(1, %s)",
-                        [
-                            uuid.UUID(int=2),
-                            ":".join(["3A"] * 16),
-                            METADATA,
-                            uuid.UUID(int=2),
-                            min(count, 1000),
-                        ],
-                    )
+                fill(admin, uuid.UUID(int=2), ":".join(["3A"] * 16), count)
                 admin.execute("select kakunin.seal_ledger()")
                 size += count
             admin.execute("analyze kakunin_private.ledger")

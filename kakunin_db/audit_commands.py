@@ -461,7 +461,8 @@ def _delivering(
 
 def worker(options: argparse.Namespace) -> int:
     from .ledger import open_witness  # noqa: PLC0415
-    from .ledger.worker import JSONFormatter, Metrics, Settings, TextFormatter, Worker  # noqa: PLC0415
+    from .ledger.worker import Metrics, Settings, Worker  # noqa: PLC0415
+    from .logs import JSONFormatter, TextFormatter  # noqa: PLC0415
     from .signers import open_keys  # noqa: PLC0415
     from .webhook_commands import secret_keys  # noqa: PLC0415
 

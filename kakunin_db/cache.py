@@ -49,6 +49,7 @@ from .errors import (
     KakuninError,
     UnknownCertificateError,
 )
+from .logs import why
 from .serials import normalize_serial
 
 if TYPE_CHECKING:
@@ -220,12 +221,16 @@ def _checked(ttl: float, max_entries: int) -> tuple[float, int]:
     return ttl, max_entries
 
 
-def _check_connection(target: object) -> None:
+def _addresses(target: Any, listen_dsn: str | None) -> tuple[Any, str | None]:
+    """What is asked, and what is listened with; None where a connection says it, once there is one."""
     if isinstance(target, (psycopg.Connection, psycopg.AsyncConnection)) and not target.autocommit:
         raise BadInputError(
             "a cache on a connection of yours needs it in autocommit mode",
             "Otherwise its transaction would stay open. Give a DSN or a pool, or set autocommit.",
         )
+    if not isinstance(target, str):
+        return target, None if listen_dsn is None else _listening_dsn(listen_dsn)
+    return lasting(target), _listening_dsn(target if listen_dsn is None else listen_dsn)
 
 
 def _listening_dsn(dsn: str) -> str:
@@ -279,7 +284,7 @@ class _Listener:
                     self._say(False)
                     if self._stopping.is_set():
                         break
-                    _log.warning("not listening, so each answer is asked anew: %s", _why(error))
+                    _log.warning("not listening, so each answer is asked anew: %s", why(error))
                     self._stopping.wait(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
         finally:
@@ -337,10 +342,7 @@ class CertificateCache:
         listen_dsn: str | None = None,
     ) -> None:
         self._limits = _checked(ttl, max_entries)
-        _check_connection(target)
-        self._target = lasting(target) if isinstance(target, str) else target
-        dsn = listen_dsn if listen_dsn is not None else target if isinstance(target, str) else None
-        self._listen_dsn = None if dsn is None else _listening_dsn(dsn)
+        self._target, self._listen_dsn = _addresses(target, listen_dsn)
         self._closed = False
         self._reset()
         _caches.add(self)
@@ -472,11 +474,8 @@ class AsyncCertificateCache:
         listen_dsn: str | None = None,
     ) -> None:
         self._ttl, max_entries = _checked(ttl, max_entries)
-        _check_connection(target)
-        self._target = lasting(target) if isinstance(target, str) else target
+        self._target, self._listen_dsn = _addresses(target, listen_dsn)
         self._connector = AsyncConnector(self._target)
-        dsn = listen_dsn if listen_dsn is not None else target if isinstance(target, str) else None
-        self._listen_dsn = None if dsn is None else _listening_dsn(dsn)
         self._answers: _Answers[asyncio.Task[CertificateVerification]] = _Answers(ttl, max_entries)
         self._changed = asyncio.Condition()
         self._listener: asyncio.Task[None] | None = None
@@ -586,7 +585,7 @@ class AsyncCertificateCache:
                         await self._hear(connection)
                 except Exception as error:
                     await self._say(False)
-                    _log.warning("not listening, so each answer is asked anew: %s", _why(error))
+                    _log.warning("not listening, so each answer is asked anew: %s", why(error))
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
         finally:
@@ -597,7 +596,7 @@ class AsyncCertificateCache:
             if isinstance(self._target, psycopg.AsyncConnection):
                 self._listen_dsn = _listening_dsn(dsn_of(self._target))
             else:
-                async with self._target.connection() as connection:  # type: ignore[union-attr]
+                async with self._target.connection() as connection:
                     self._listen_dsn = _listening_dsn(dsn_of(connection))
         return self._listen_dsn
 
@@ -622,13 +621,6 @@ class AsyncCertificateCache:
                     await readable.wait()
         finally:
             loop.remove_reader(descriptor)
-
-
-def _why(error: Exception) -> str:
-    """What may be logged of it: others' messages may quote anything."""
-    if isinstance(error, psycopg.Error):
-        return error.diag.message_primary or (str(error).splitlines() or [type(error).__name__])[0]
-    return type(error).__name__
 
 
 _caches: weakref.WeakSet[CertificateCache] = weakref.WeakSet()

@@ -30,7 +30,8 @@ from kakunin_db.cli import main
 from kakunin_db.ledger import TreeHead, Witness, WitnessUnavailableError, open_witness, verify_bundle
 from kakunin_db.ledger import worker as module
 from kakunin_db.ledger.export import bundle_lines
-from kakunin_db.ledger.worker import JSONFormatter, Metrics, Settings, Worker
+from kakunin_db.ledger.worker import Metrics, Settings, Worker
+from kakunin_db.logs import JSONFormatter
 
 QUICK = Settings(interval=0.1, poll=0.2, lease=1.0, witness_every=0.1)
 

@@ -32,6 +32,7 @@ from psycopg.types.json import Jsonb
 
 from ..conninfo import lasting
 from ..errors import CredentialRejectedError, KakuninError, SignerUnavailableError, about
+from ..logs import why
 from .bearer import Bearer
 from .core import Core
 from .psycopg_ import PsycopgChannel, run
@@ -312,7 +313,7 @@ class Recorder:
             "an attempt of the agent with certificate %s was not recorded%s: %s",
             agent.bearer.serial,
             "" if final else " yet",
-            _why(error),
+            why(error),
         )
 
     def _record(self, key: tuple[str, str], agent: _Agent, attempt: _Attempt, unrecorded: int) -> None:
@@ -388,13 +389,6 @@ def _until(gen: PQGen[Any], until: float) -> PQGen[Any]:
             wanted = gen.send(ready)
     except StopIteration as end:
         return end.value
-
-
-def _why(error: Exception) -> str:
-    """What may be logged of it: others' messages may quote anything."""
-    if isinstance(error, psycopg.Error):
-        return error.diag.message_primary or (str(error).splitlines() or [type(error).__name__])[0]
-    return str(error) if isinstance(error, KakuninError) else type(error).__name__
 
 
 recorder: Final = Recorder()

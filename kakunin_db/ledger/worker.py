@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-import json
 import logging
 import os
 import select
@@ -32,6 +31,7 @@ from psycopg.rows import dict_row
 
 from ..conninfo import lasting
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
+from ..logs import say, why
 from .heads import TreeHead
 from .merkle import verify_consistency
 from .witness import Witness, WitnessError
@@ -51,8 +51,6 @@ _STATUS_EVERY = 5.0
 _PARTITIONS_EVERY = 3600.0
 _EXPIRIES_EVERY = 30.0
 _MOST_EXPIRIES = 1000
-
-_log = logging.getLogger("kakunin_db.worker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +210,7 @@ class Worker:
         finally:
             self._woken.close()
             self._waker.close()
-        _say(logging.INFO, "stopped", "stopped")
+        say(logging.INFO, "stopped", "stopped")
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
@@ -221,7 +219,7 @@ class Worker:
             try:
                 with self._connect() as connection:
                     self.metrics.gauges["kakunin_worker_connected"] = 1
-                    _say(logging.INFO, "connected", "connected", host=connection.info.host)
+                    say(logging.INFO, "connected", "connected", host=connection.info.host)
                     try:
                         self._serve(connection)
                     finally:
@@ -234,7 +232,7 @@ class Worker:
                 self.metrics.errors["database"] += 1
                 if self.metrics.counters["kakunin_worker_rounds"] > rounds:
                     pause = _FIRST_PAUSE
-                _say(logging.WARNING, "disconnected", _why(error), retry_in=pause)
+                say(logging.WARNING, "disconnected", why(error, hint=True), retry_in=pause)
                 self._wait(None, pause)
                 pause = min(pause * 2, _LONGEST_RECONNECT)
 
@@ -310,7 +308,7 @@ class Worker:
         self.metrics.gauges["kakunin_worker_leader"] = float(self._leading)
         if self._leading != before:
             self._asked = False
-            _say(
+            say(
                 logging.INFO,
                 "leader",
                 "leads" if self._leading else "another worker leads",
@@ -356,7 +354,7 @@ class Worker:
         count = int(sealed["sealed"])
         self.metrics.counters["kakunin_worker_sealed_entries"] += count
         if count:
-            _say(logging.DEBUG, "sealed", "sealed", entries=count, tree_size=sealed["tree_size"])
+            say(logging.DEBUG, "sealed", "sealed", entries=count, tree_size=sealed["tree_size"])
         return count
 
     def _sign(self, connection: psycopg.Connection[dict[str, Any]]) -> bool:
@@ -389,7 +387,7 @@ class Worker:
         self._published = head = TreeHead(installation, size, timestamp, root, key_id, signature)
         self.metrics.counters["kakunin_worker_signatures"] += 1
         self.metrics.gauges["kakunin_worker_last_signature_timestamp_seconds"] = time.time()
-        _say(
+        say(
             logging.INFO,
             "signed",
             "signed a tree head",
@@ -519,7 +517,7 @@ class Worker:
         self._recovered("risk")
         if count:
             self.metrics.counters["kakunin_worker_revoked_agents"] += count
-            _say(logging.WARNING, "revoked", "revoked agents whose risk became critical", agents=count)
+            say(logging.WARNING, "revoked", "revoked agents whose risk became critical", agents=count)
 
     def _make_partitions(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         self._partitions_at = time.monotonic() + _PARTITIONS_EVERY
@@ -530,7 +528,7 @@ class Worker:
             self._partitions_at = time.monotonic() + 60
             return
         if made:
-            _say(logging.INFO, "partitions", "made partitions", names=made)
+            say(logging.INFO, "partitions", "made partitions", names=made)
 
     def _expire(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         self._expiries_at = time.monotonic() + _EXPIRIES_EVERY
@@ -568,15 +566,15 @@ class Worker:
     def _failed(self, source: str, error: Exception) -> None:
         """Counts it, and says it once for as long as it stays the same."""
         self.metrics.errors[source] += 1
-        why = _why(error)
-        if self._told.get(source) != why:
-            self._told[source] = why
+        reason = why(error, hint=True)
+        if self._told.get(source) != reason:
+            self._told[source] = reason
             level = logging.CRITICAL if source == "integrity" else logging.ERROR
-            _say(level, f"{source}_failed", why)
+            say(level, f"{source}_failed", reason)
 
     def _recovered(self, source: str) -> None:
         if self._told.pop(source, None) is not None:
-            _say(logging.INFO, f"{source}_recovered", "works again")
+            say(logging.INFO, f"{source}_recovered", "works again")
 
 
 def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
@@ -587,48 +585,3 @@ def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
         " kakunin.renew_installation(). If a standby was promoted that lacked the end, docs/ledger.md"
         " says what to do.",
     )
-
-
-def _why(error: Exception) -> str:
-    """What may be logged of it: others' messages may quote anything."""
-    if isinstance(error, psycopg.Error):
-        return error.diag.message_primary or (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, KakuninError):
-        return f"{error}. {error.hint}" if error.hint else str(error)
-    return type(error).__name__
-
-
-# Logs -----------------------------------------------------------------------------------------------
-
-
-def _say(level: int, event: str, message: str, **fields: Any) -> None:
-    _log.log(level, message, extra={"event": event, "fields": fields})
-
-
-class JSONFormatter(logging.Formatter):
-    """One JSON object a line: ``time``, ``level``, ``event``, ``message`` and what the event has."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(
-            {
-                "time": _time(record),
-                "level": record.levelname.lower(),
-                "event": getattr(record, "event", record.name),
-                "message": record.getMessage(),
-                **getattr(record, "fields", {}),
-            },
-            default=str,
-        )
-
-
-class TextFormatter(logging.Formatter):
-    """The same for people."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
-        more = "".join(f" {name}={value}" for name, value in fields.items())
-        return f"{_time(record)} {record.levelname.lower():<8} {record.getMessage()}{more}"
-
-
-def _time(record: logging.LogRecord) -> str:
-    return dt.datetime.fromtimestamp(record.created, dt.timezone.utc).isoformat(timespec="milliseconds")

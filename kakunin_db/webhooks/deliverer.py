@@ -24,13 +24,16 @@ from psycopg.rows import dict_row
 
 from ..conninfo import lasting
 from ..errors import BadInputError, named
-from ..ledger.worker import _FIRST_PAUSE, _LONGEST_PAUSE, Metrics, _say, _why
+from ..ledger.worker import Metrics
+from ..logs import say, why
 from .sending import Network, Unsent, post
 from .signatures import SecretKeys, signed_headers
 
 # As many as are claimed at most: four for each of 32 endpoints.
 _THREADS = 128
 # Seconds.
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 30.0
 _MARGIN = 20.0  # of a lease over an attempt
 _STATUS_EVERY = 5.0
 _CLEAN_EVERY = 600.0
@@ -117,7 +120,7 @@ class Deliverer:
                     self.metrics.errors["database"] += 1
                     if self._rounds > rounds:
                         pause = _FIRST_PAUSE
-                    _say(logging.WARNING, "webhooks_disconnected", _why(error), retry_in=pause)
+                    say(logging.WARNING, "webhooks_disconnected", why(error, hint=True), retry_in=pause)
                     self._pause(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
 
@@ -201,41 +204,41 @@ class Deliverer:
         """Reports the attempts that have ended. One whose report fails is reported after reconnecting."""
         for attempt in [attempt for attempt in self._flying if attempt.done()]:
             delivery = self._flying[attempt]
-            failure, status, why = attempt.exception(), None, None
+            failure, status, reason = attempt.exception(), None, None
             if failure is None:
                 status = attempt.result()
             elif isinstance(failure, Unsent):
-                status, why = failure.status, str(failure)
+                status, reason = failure.status, str(failure)
             elif isinstance(failure, BadInputError):  # the secret
-                status, why = None, str(failure)
+                status, reason = None, str(failure)
                 self.metrics.errors["webhooks"] += 1
             else:
-                why = type(failure).__name__
+                reason = type(failure).__name__
                 self.metrics.errors["webhooks"] += 1
             row = connection.execute(
                 "select kakunin.report_webhook(%s, %s, %s, %s, %s)",
-                [delivery.message_id, delivery.endpoint_id, delivery.attempt, status, why],
+                [delivery.message_id, delivery.endpoint_id, delivery.attempt, status, reason],
             ).fetchone()
             del self._flying[attempt]
-            self._tell(delivery, row[0] if row else None, status, why)
+            self._tell(delivery, row[0] if row else None, status, reason)
 
-    def _tell(self, delivery: _Delivery, state: str | None, status: int | None, why: str | None) -> None:
+    def _tell(self, delivery: _Delivery, state: str | None, status: int | None, reason: str | None) -> None:
         about = {
             "message_id": delivery.message_id,
             "endpoint_id": delivery.endpoint_id,
             "attempt": delivery.attempt,
             "status": status,
         }
-        if why is None:
+        if reason is None:
             self.metrics.counters["kakunin_webhooks_delivered"] += 1
-            _say(logging.DEBUG, "webhook_delivered", "delivered a webhook", **about)
+            say(logging.DEBUG, "webhook_delivered", "delivered a webhook", **about)
             return
         self.metrics.counters["kakunin_webhooks_failed_attempts"] += 1
         dead = state == "dead"
-        _say(
+        say(
             logging.ERROR if dead else logging.WARNING,
             "webhook_dead" if dead else "webhook_failed",
-            f"a webhook was {'given up' if dead else 'not delivered'}: {why}",
+            f"a webhook was {'given up' if dead else 'not delivered'}: {reason}",
             **about,
         )
 

@@ -3339,8 +3339,10 @@ begin
     raise exception using errcode = 'KA010', message = 'partitions are made 0 to 10 years ahead';
   end if;
   v_end := kakunin_private.clock() at time zone interval '0' + make_partitions.ahead;
-  -- One at a time: two workers at once would make the same one.
+  -- One at a time: two workers at once would make the same one. Nobody but them queues up here, so this may take longer.
+  perform set_config('lock_timeout', '30s', true);
   lock table kakunin_private.partitions in share row exclusive mode;
+  perform set_config('lock_timeout', '200ms', true);
   while v_month <= v_end loop
     v_name := 'ledger_' || to_char(v_month, 'YYYYMM');
     -- A month that the default partition has entries of stays there: nothing is ever moved.
