@@ -323,7 +323,7 @@ def test_g5_metadata_and_session_id_stay_inside_their_member(vault: Vault, metad
     assert "\n" not in text
     members = json.loads(text, object_pairs_hook=list)
     names = [name for name, _ in members]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 14
     entry = json.loads(text)
     assert (entry["agent_id"], entry["event_type"]) == (str(vault.one.agent_id), "x")
     assert (entry["metadata"], entry["session_id"]) == (metadata, json.dumps(metadata)[:50])
@@ -455,9 +455,14 @@ def test_g5_no_setting_changes_what_an_entry_looks_like(vault: Vault, setting: s
     )
     assert entry["recorded_at"] == moment
     # Byte for byte, but for what jsonb makes of the metadata.
-    head, _, _ = text.partition(',"metadata":')
-    del entry["metadata"]
+    head, _, rest = text.partition(',"risk":')
+    del entry["metadata"], entry["risk"]
     assert head == json.dumps(entry, separators=(",", ":"))[:-1]
+    assert re.match(
+        r'\{"band": "[a-z]+", "score": 0\.[0-9]{4}, "factors": \{.*?\}, "agent_band": "[a-z]+",'
+        r' "agent_score": [01]\.[0-9]{4}\},"metadata":\{',
+        rest,
+    )
 
 
 # Reading what is another's ----------------------------------------------------------------------------

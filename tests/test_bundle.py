@@ -122,6 +122,7 @@ class Leaf:
     event_type: str = "data_access"
     login: str = "agent_1"
     session_id: str = "null"
+    risk: str = "null"
     installation: uuid.UUID = INSTALLATION
 
     @property
@@ -131,7 +132,7 @@ class Leaf:
             f'"recorded_at":"2026-11-23T08:15:00.123456Z","event_type":"{self.event_type}",'
             f'"agent_id":{self.agent_id},"serial":{self.serial},"login":"{self.login}",'
             f'"session_id":{self.session_id},"chain":{self.chain},"sequence":{self.sequence},'
-            f'"prev":"{self.prev.hex()}","metadata":{self.metadata}}}'
+            f'"prev":"{self.prev.hex()}","risk":{self.risk},"metadata":{self.metadata}}}'
         ).encode()
 
     @property
@@ -827,6 +828,47 @@ def test_a_serial_is_that_of_its_agent(book: Book, serial: Callable[[], str], me
 def test_metadata_is_one_json_value(book: Book, metadata: str) -> None:
     """Even where the bytes are those that were signed: another reader might see another agent."""
     book.entries[555].metadata = metadata
+    finding = only(verify(book.rechain(555).resign()))
+    assert (finding.kind, finding.index) == ("malformed", 555)
+
+
+RISK = '{"band": "low", "score": 0.1000, "factors": {}, "agent_band": "low", "agent_score": 0.0000}'
+
+
+@pytest.mark.parametrize(
+    "risk",
+    [
+        RISK,
+        RISK.replace("{}", '{"rate": 0.412}'),
+        RISK.replace("{}", '{"amount": 0.950, "venue": 0.750}, "revoked": true').replace("low", "critical"),
+        RISK.replace("0.1000", "1.0000"),
+    ],
+)
+def test_an_entry_has_what_it_was_scored_with(book: Book, risk: str) -> None:
+    book.entries[555].risk = risk
+    assert verify(book.rechain(555).resign()).ok
+
+
+@pytest.mark.parametrize(
+    "risk",
+    [
+        "",
+        "0.1",
+        "{}",
+        "[]",
+        "{" + RISK + "}",
+        RISK.replace(": ", ":"),
+        RISK.replace("0.1000", "1e9"),
+        RISK.replace("0.1000", '"0.1000"'),
+        RISK.replace("low", "none"),
+        RISK.replace("{}", '{"rate": {"a": 1}}'),
+        RISK.replace("{}", '{"rate": 0.412,}'),
+        RISK.replace("{}", '{}, "band": "high"'),
+        RISK + ',"agent_id":null',
+    ],
+)  # fmt: skip
+def test_a_risk_is_of_the_form_the_database_writes(book: Book, risk: str) -> None:
+    book.entries[555].risk = risk
     finding = only(verify(book.rechain(555).resign()))
     assert (finding.kind, finding.index) == ("malformed", 555)
 

@@ -250,7 +250,7 @@ def callers(database: Database, pattern: str) -> set[str]:
 
 APPEND = "kakunin_private.append(text,uuid,text,text,text,uuid)"
 AUDIT_LOG_APPEND = "kakunin.audit_log_append(text,jsonb,text,timestamp with time zone)"
-WRITE = "kakunin_private.write_entry(kakunin_private.chains,uuid,text,uuid,text,text,text)"
+WRITE = "kakunin_private.write_entry(kakunin_private.chains,uuid,text,uuid,text,text,text,jsonb)"
 
 
 def test_nothing_notifies_but_an_entry_of_an_agent_and_a_revocation(database: Database) -> None:
@@ -575,7 +575,7 @@ def agents_calls(agent: Agent, ticket: str) -> Calls:
             [],
         ),
         (
-            "select event_type, agent_id, serial, session_id, metadata from kakunin.audit_log"
+            "select event_type, agent_id, serial, session_id, metadata, risk from kakunin.audit_log"
             " order by event_id",
             [],
         ),

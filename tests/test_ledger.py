@@ -39,7 +39,7 @@ PROTECT = "select kakunin.protect(%s, audit => true)"
 NOBODY = "00000000-0000-0000-0000-000000000000"
 MEMBERS = [
     "kakunin", "installation", "event_id", "recorded_at", "event_type", "agent_id", "serial", "login",
-    "session_id", "chain", "sequence", "prev", "metadata",
+    "session_id", "chain", "sequence", "prev", "risk", "metadata",
 ]  # fmt: skip
 
 
@@ -185,9 +185,13 @@ def test_append_returns_what_the_entry_says(database: Database, agent: Agent) ->
         assert result.keys() >= risk
         assert entry["event_id"] == event_id
         # Byte for byte as docs/ledger-format.md has it.
-        head, _, metadata = text.partition('"metadata":')
-        assert head == json.dumps({k: entry[k] for k in MEMBERS[:-1]}, separators=(",", ":"))[:-1] + ","
-        assert metadata[-1] == "}"
+        head, _, rest = text.partition('"risk":')
+        assert head == json.dumps({k: entry[k] for k in MEMBERS[:-2]}, separators=(",", ":"))[:-1] + ","
+        assert rest.startswith(
+            '{"band": "low", "score": 0.1000, "factors": {}, "agent_band": "low", "agent_score": 0.0000},'
+            '"metadata":'
+        )
+        assert entry["risk"] == {name: result[name] for name in risk}
     assert rows[0][3].endswith(',"metadata":{"a": [null, "x"], "b": 1}}')
     assert (json.loads(rows[0][3])["session_id"], json.loads(rows[1][3])["session_id"]) == ("s-1", None)
     assert json.loads(rows[1][3])["metadata"] == {}
@@ -456,7 +460,7 @@ def test_an_agent_reads_its_own_entries_and_an_auditor_all(database: Database) -
             [row] = rows
             assert row[0] == mine
             assert row[2:] == (
-                "mine", agent.agent_id, agent.serial, login, "s", {"of": 1}, said["chain"], said["sequence"],
+                "mine", agent.agent_id, agent.serial, login, "s", {"of": 1}, said["risk"], said["chain"], said["sequence"],
                 said["prev"], leaf_hash(entry).hex(), entry,
             )  # fmt: skip
             everything = session.execute("select distinct agent_id from kakunin.audit_log").fetchall()

@@ -159,6 +159,13 @@ _MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0
 _STRING = r'"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*"'
 _UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _NUMBER = r"[1-9][0-9]{0,18}"
+_SCORE = r"[01]\.[0-9]{3,4}"
+_BAND = '"(?:low|medium|high|critical)"'
+_FACTOR = rf'"[a-z_]+": {_SCORE}'
+_RISK = (
+    rf'\{{"band": {_BAND}, "score": {_SCORE}, "factors": \{{(?:{_FACTOR}(?:, {_FACTOR})*)?\}}'
+    rf'(?:, "revoked": (?:true|false))?, "agent_band": {_BAND}, "agent_score": {_SCORE}\}}'
+)
 
 
 def _entry_pattern(installations: Iterable[uuid.UUID] | None) -> re.Pattern[str]:
@@ -170,7 +177,8 @@ def _entry_pattern(installations: Iterable[uuid.UUID] | None) -> re.Pattern[str]
         r',"recorded_at":"[0-9]{4,6}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z"'
         rf',"event_type":{_STRING},"agent_id":(null|"{_UUID}"),"serial":(null|"[0-9A-F:]{{2,59}}")'
         rf',"login":{_STRING},"session_id":(?:null|{_STRING})'
-        rf',"chain":({_NUMBER}),"sequence":({_NUMBER}),"prev":"([0-9a-f]{{64}})","metadata":'
+        rf',"chain":({_NUMBER}),"sequence":({_NUMBER}),"prev":"([0-9a-f]{{64}})"'
+        rf',"risk":(?:null|{_RISK}),"metadata":'
     )
 
 

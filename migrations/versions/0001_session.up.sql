@@ -3438,7 +3438,7 @@ comment on function kakunin_private.take_chain(uuid) is
 
 create function kakunin_private.write_entry(
   p_chain kakunin_private.chains, p_installation uuid,
-  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text
+  p_event_type text, p_agent_id uuid, p_serial text, p_session_id text, p_metadata text, p_risk jsonb
 ) returns jsonb
 language plpgsql volatile parallel unsafe
 as $$
@@ -3461,7 +3461,7 @@ begin
            ',"login":', to_json(session_user::text),
            ',"session_id":', coalesce(to_json(p_session_id)::text, 'null'),
            ',"chain":', p_chain.chain_id, ',"sequence":', p_chain.sequence + 1, ',"prev":"', encode(p_chain.head, 'hex'),
-           '","metadata":', p_metadata, '}')
+           '","risk":', coalesce(p_risk::text, 'null'), ',"metadata":', p_metadata, '}')
     from (select nextval('kakunin_private.event_ids') as event_id, kakunin_private.clock() as recorded_at offset 0) n
   returning event_id, recorded_at, entry into v_event_id, v_recorded_at, v_entry;
   v_hash := kakunin_private.leaf_hash(v_entry);
@@ -3479,7 +3479,7 @@ begin
     'chain', p_chain.chain_id, 'sequence', p_chain.sequence + 1, 'hash', encode(v_hash, 'hex'), 'prev', encode(p_chain.head, 'hex'));
 end
 $$;
-comment on function kakunin_private.write_entry(kakunin_private.chains, uuid, text, uuid, text, text, text) is
+comment on function kakunin_private.write_entry(kakunin_private.chains, uuid, text, uuid, text, text, text, jsonb) is
   'Appends an entry to a chain that this transaction has taken, stores the chain as it is given and says where the entry stands';
 
 create function kakunin_private.append(
@@ -3492,7 +3492,7 @@ declare
   v_entry jsonb;
 begin
   v_entry := kakunin_private.write_entry(
-    v_taken.chain, v_taken.installation, p_event_type, p_agent_id, p_serial, p_session_id, p_metadata);
+    v_taken.chain, v_taken.installation, p_event_type, p_agent_id, p_serial, p_session_id, p_metadata, null);
   if v_taken.asleep and p_serial is not null then  -- of an agent, and nobody else
     perform kakunin_private.wake_worker();
   end if;
@@ -3597,7 +3597,8 @@ begin
   v_scored := kakunin_private.assess(
     v_taken.chain, v_type, v_event, v_bound, coalesce(audit_log_append.occurred_at, v_now), v_now);
   v_entry := kakunin_private.write_entry(
-    v_scored.chain, v_taken.installation, v_type, v_bound.agent_id, v_bound.serial, session_id, v_metadata);
+    v_scored.chain, v_taken.installation, v_type, v_bound.agent_id, v_bound.serial, session_id, v_metadata,
+    v_scored.risk);
   if v_taken.asleep then
     perform kakunin_private.wake_worker();
   end if;
@@ -3612,6 +3613,7 @@ comment on function kakunin.audit_log_append(text, jsonb, text, timestamptz) is
 create view kakunin.audit_log with (security_barrier = true) as
   select e.event_id, e.recorded_at, j.entry ->> 'event_type' as event_type, e.agent_id, j.entry ->> 'serial' as serial,
          j.entry ->> 'login' as login, j.entry ->> 'session_id' as session_id, j.entry -> 'metadata' as metadata,
+         nullif(j.entry -> 'risk', 'null') as risk,
          (j.entry ->> 'chain')::bigint as chain, (j.entry ->> 'sequence')::bigint as sequence, j.entry ->> 'prev' as prev,
          encode(sha256(E'\\x00'::bytea || convert_to(e.entry, 'UTF8')), 'hex') as hash, e.entry
     from (select l.* from kakunin_private.ledger l where (select pg_has_role(current_user, 'kakunin_auditor', 'usage'))
