@@ -23,9 +23,11 @@ from .errors import (
     SignerUnavailableError,
     SpendLimitError,
     UnknownCertificateError,
+    VerificationUnavailableError,
     WebhookVerificationError,
 )
 from .model_hash import compute_model_hash
+from .scope import ScopeGuard, verify_agent_scope
 from .serials import normalize_serial
 from .signers import (
     KeyStore,
@@ -66,12 +68,14 @@ __all__ = [
     "PKCS11Signer",
     "PolicyViolationError",
     "RiskTooHighError",
+    "ScopeGuard",
     "ScopeViolationError",
     "Signer",
     "SignerError",
     "SignerUnavailableError",
     "SpendLimitError",
     "UnknownCertificateError",
+    "VerificationUnavailableError",
     "WebhookVerificationError",
     "bind_agent_session",
     "compute_model_hash",
@@ -79,5 +83,6 @@ __all__ = [
     "normalize_serial",
     "open_keys",
     "open_signer",
+    "verify_agent_scope",
     "verify_webhook",
 ]

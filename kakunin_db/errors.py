@@ -92,6 +92,11 @@ class PolicyViolationError(KakuninError):
     sqlstate = "42501"
 
 
+class VerificationUnavailableError(KakuninError):
+    """The database could not be asked, or did not answer in time: nothing is known, so nothing is permitted.
+    No SQLSTATE."""
+
+
 class WebhookVerificationError(KakuninError):
     """A received webhook is not signed with its endpoint's secret, too old, or malformed. No SQLSTATE."""
 
@@ -129,6 +134,11 @@ def named(error: BaseException) -> KakuninError | None:
     original = getattr(error, "orig", None) or error  # SQLAlchemy keeps the driver's exception there
     cls = _BY_SQLSTATE.get(getattr(original, "sqlstate", None) or "")
     return None if cls is None else cls(*_said(error))
+
+
+def error_of(code: str | None, message: str) -> KakuninError:
+    """The kit's error for a code in an answer, such as that of ``verify_agent_scope()``."""
+    return _BY_SQLSTATE.get(code or "", ScopeViolationError)(message)
 
 
 def refused(error: BaseException) -> KakuninError | None:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
+from clients import HOW, Client, Kind, Methods, Opener, opener
 from cluster import Cluster
 from conftest import Database, fresh_database
 from cryptography import x509
@@ -69,96 +70,6 @@ OTHER_HASH = "sha256:" + "cd" * 32
 SCOPE = {"max_single_trade_usd": 10000, "permitted_venues": ["NYSE", "東京"]}
 # Logins of this module beside conftest's, with the role they hold.
 LOGINS = {"client_auditor": "kakunin_auditor", "client_worker": "kakunin_worker"}
-
-Kind = Literal["sync", "async"]
-
-
-class Client:
-    """A Kakunin or an AsyncKakunin, whose methods are called alike. With ``commits``, each is followed by the
-    commit of its caller."""
-
-    def __init__(self, kind: Kind, target: Any, *, commits: bool = False, **options: Any) -> None:
-        self.loop = asyncio.new_event_loop() if kind == "async" else None
-        self.target = self.run(target(self)) if callable(target) else target
-        self.commits = commits
-        self.real: Any = (AsyncKakunin if kind == "async" else Kakunin)(self.target, **options)
-        self.authorities = Methods(self, self.real.authorities)
-        self.agents = Methods(self, self.real.agents)
-        self.certificates = Methods(self, self.real.certificates)
-        self.verify = Methods(self, self.real.verify)
-
-    def run(self, value: Any) -> Any:
-        return self.loop.run_until_complete(value) if self.loop and inspect.isawaitable(value) else value
-
-    def close(self) -> None:
-        self.run(self.real.aclose() if self.loop else self.real.close())
-        if not isinstance(self.target, str):
-            self.run(self.target.close())
-        if self.loop:
-            self.loop.run_until_complete(self.loop.shutdown_default_executor())
-            self.loop.close()
-
-
-@dataclass
-class Methods:
-    client: Client
-    resource: Any
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found = self.client.run(getattr(self.resource, name)(*args, **kwargs))
-            if self.client.commits:
-                self.client.run(self.client.target.commit())
-            return found
-
-        return call
-
-
-def connected(dsn: str, autocommit: bool) -> Callable[[Client], Any]:
-    def connect(client: Client) -> Any:
-        kind = psycopg.AsyncConnection if client.loop else psycopg.Connection
-        return kind.connect(dsn, autocommit=autocommit)
-
-    return connect
-
-
-def pooled(dsn: str) -> Callable[[Client], Any]:
-    def open_pool(client: Client) -> Any:
-        if not client.loop:
-            return ConnectionPool(dsn, min_size=1, max_size=2, open=True)
-
-        async def opened() -> Any:
-            pool = AsyncConnectionPool(dsn, min_size=1, max_size=2, open=False)
-            await pool.open()
-            return pool
-
-        return opened()
-
-    return open_pool
-
-
-HOW = ["dsn", "autocommit", "transaction", "pool"]
-Opener = Callable[..., Client]
-
-
-@contextlib.contextmanager
-def opener(kind: Kind, database: Database, **defaults: Any) -> Iterator[Opener]:
-    """What opens a client as a login, by a DSN, an `autocommit` connection, a `transaction` or a `pool`."""
-    with contextlib.ExitStack() as stack:
-
-        def open_client(user: str, how: str = "dsn", **options: Any) -> Client:
-            dsn = database.dsn(user)
-            target = {
-                "dsn": dsn,
-                "autocommit": connected(dsn, True),
-                "transaction": connected(dsn, False),
-                "pool": pooled(dsn),
-            }[how]
-            client = Client(kind, target, commits=how == "transaction", **defaults | options)
-            stack.callback(client.close)
-            return client
-
-        yield open_client
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -632,6 +543,7 @@ MAY: dict[str, tuple[Callable[[Client, Any], Any], list[str]]] = {
         EVERY,
     ),
     "certificates.revoke": (lambda c, x: c.certificates.revoke(x.serial), ["operator"]),
+    "agents.risk": (lambda c, x: c.agents.risk(x.agent_id), ["operator", "client_auditor"]),
     "agents.halt": (lambda c, x: c.agents.halt(x.agent_id, "x"), ["operator"]),
 }
 
@@ -677,6 +589,9 @@ OPERATIONS = {
     "agents.get": operations.get_agent,
     "agents.list": operations.list_agents,
     "agents.update": operations.update_agent,
+    "agents.risk": operations.agent_risk,
+    "events.create": operations.create_event,
+    "events.list": operations.list_events,
     "certificates.get": operations.get_certificate,
     "certificates.list": operations.list_certificates,
     "verify.certificate": operations.verify_certificate,
@@ -684,7 +599,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MAY)
+@pytest.mark.parametrize("name", [*MAY, "events.create", "events.list"])
 def test_both_clients_and_the_operation_take_the_same(name: str) -> None:
     resource, _, method = name.partition(".")
     one = getattr(type(getattr(Kakunin("x"), resource)), method)
@@ -703,7 +618,7 @@ def test_both_clients_have_the_same_resources_and_arguments() -> None:
     assert public(Kakunin("x")) == sorted(n.replace("aclose", "close") for n in public(AsyncKakunin("x")))
     one, other = (inspect.signature(kind.__init__).parameters for kind in (Kakunin, AsyncKakunin))
     assert list(one) == list(other)
-    for resource in ("authorities", "agents", "certificates", "verify"):
+    for resource in ("authorities", "agents", "certificates", "events", "verify"):
         assert public(getattr(Kakunin("x"), resource)) == public(getattr(AsyncKakunin("x"), resource))
     assert clients.__all__ == sorted(clients.__all__)
 
@@ -1183,8 +1098,8 @@ def answering(
     monkeypatch: pytest.MonkeyPatch, kind: Kind, change: Callable[[str, list[dict[str, Any]]], Any]
 ) -> None:
     """``change`` has each query, which was performed, and its rows; it returns those the client has."""
-    cls: Any = connectors.Connector if kind == "sync" else connectors.AsyncConnector
-    real = cls._fetch
+    name = "_rows" if kind == "sync" else "_rows_async"
+    real = getattr(connectors, name)
 
     def fetch(connection: Any, query: Any) -> Any:
         return change(query.sql, real(connection, query))
@@ -1192,7 +1107,7 @@ def answering(
     async def fetch_async(connection: Any, query: Any) -> Any:
         return change(query.sql, await real(connection, query))
 
-    monkeypatch.setattr(cls, "_fetch", staticmethod(fetch if kind == "sync" else fetch_async))
+    monkeypatch.setattr(connectors, name, fetch if kind == "sync" else fetch_async)
 
 
 def losing(statement: str, *losses: BaseException) -> Callable[[str, Any], Any]:
@@ -2150,7 +2065,7 @@ async def test_cancelled_while_the_authority_signs_does_not_wait_for_it(local: P
 async def test_cancelled_while_the_database_registers(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """And once more while the client looks whether that was done."""
     looking = threading.Event()
-    real = connectors.AsyncConnector._fetch
+    real = connectors._rows_async
 
     async def fetch(connection: Any, query: Any) -> Any:
         if query.sql.startswith("select from kakunin.certificates"):
@@ -2158,7 +2073,7 @@ async def test_cancelled_while_the_database_registers(local: Place, monkeypatch:
             await asyncio.sleep(0.05)
         return await real(connection, query)
 
-    monkeypatch.setattr(connectors.AsyncConnector, "_fetch", staticmethod(fetch))
+    monkeypatch.setattr(connectors, "_rows_async", fetch)
     async with AsyncKakunin(local.database.dsn("registrar"), keys=local.keys) as client:
         agent = await client.agents.create("x")
         with local.database.connect("installer") as held:

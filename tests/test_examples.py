@@ -40,6 +40,18 @@ def test_an_agent_is_registered_reads_its_rows_and_is_halted(cluster: Cluster, t
         )
         assert out.count("written by psycopg") == 3
 
+        out = run(
+            tmp_path,
+            "guarded_function.py",
+            database.dsn("agent_1"),
+            "atlas.pem",
+            str(database.installation_id),
+        )
+        assert "read the vault: event" in out
+        assert "refused: the certificate does not permit 'vault:erase'" in out
+        assert "erased" not in out
+        assert "Proceed." in out
+
         out = run(tmp_path, "halt_agent.py", owner, values["agent_id"], "odd trades")
         assert values["serial"] in out
         (receipt,), (signature,) = tmp_path.glob("*.json"), tmp_path.glob("*.sig")

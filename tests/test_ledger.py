@@ -460,8 +460,8 @@ def test_an_agent_reads_its_own_entries_and_an_auditor_all(database: Database) -
             [row] = rows
             assert row[0] == mine
             assert row[2:] == (
-                "mine", agent.agent_id, agent.serial, login, "s", {"of": 1}, said["risk"], said["chain"], said["sequence"],
-                said["prev"], leaf_hash(entry).hex(), entry,
+                "mine", agent.agent_id, agent.serial, login, "s", {"of": 1}, said["risk"],
+                said["chain"], said["sequence"], said["prev"], leaf_hash(entry).hex(), entry,
             )  # fmt: skip
             everything = session.execute("select distinct agent_id from kakunin.audit_log").fetchall()
             # What was decided about it is its own to read as well.

@@ -479,6 +479,17 @@ class AsyncBinding(_Hooks):
         return type(factory.__name__, (factory,), {k: v for k, v in members.items() if hasattr(factory, k)})
 
 
+def is_bound(connection: _AnyConnection) -> bool:
+    """Whether a block of bind_agent_session() is open on it."""
+    return getattr(connection, "_kakunin_binding", None) is not None
+
+
+def hooked(connection: _AnyConnection, factory: type[Any]) -> type[Any]:
+    """The class of cursors, bound as the connection's own are where a block is open on it."""
+    kind: type[Any] = connection._kakunin_binding._hooked(factory) if is_bound(connection) else factory  # type: ignore[union-attr]
+    return kind
+
+
 @contextlib.contextmanager
 def bind_pool(pool: Any, bearer: Bearer) -> Iterator[psycopg.Connection[Any]]:
     """A connection of the pool, bound; it goes back unbound when the block ends."""

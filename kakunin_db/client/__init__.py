@@ -1,4 +1,4 @@
-"""The clients ``Kakunin`` and ``AsyncKakunin``: agents, certificates, authorities, verify.
+"""The clients ``Kakunin`` and ``AsyncKakunin``: agents, certificates, authorities, events, verify.
 
 Each method is one operation of operations.py; both clients share those, and their methods are the same.
 """
@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, List, TypeVar
 
 import psycopg
 
 from ..ca import ONE_DAY
-from ..credential import Payload, SignResult
+from ..credential import AgentCredential, Payload, SignResult
 from ..signers import KeyStore
 from . import operations as ops
 from .connectors import AsyncConnector, Connector
 from .operations import AgentId, Setup
 from .results import (
     Agent,
+    AgentRisk,
     AgentUpdate,
     Authority,
+    Band,
     Certificate,
     CertificateVerification,
+    Event,
     HaltReceipt,
     LedgerKey,
     LedgerStatus,
@@ -31,6 +35,7 @@ from .results import (
     Pending,
     RevocationList,
     RevocationResult,
+    ScopeDecision,
     write_receipt,
 )
 
@@ -39,11 +44,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agent",
+    "AgentRisk",
     "AgentUpdate",
     "AsyncKakunin",
     "Authority",
     "Certificate",
     "CertificateVerification",
+    "Event",
     "HaltReceipt",
     "Kakunin",
     "LedgerKey",
@@ -52,6 +59,7 @@ __all__ = [
     "Pending",
     "RevocationList",
     "RevocationResult",
+    "ScopeDecision",
     "SignResult",
     "write_receipt",
 ]
@@ -253,6 +261,11 @@ class Agents(_Resource):
         """Every halt, of one agent or of all, the oldest first."""
         return self._run(ops.halts(agent_id))
 
+    def risk(self, agent_id: AgentId) -> AgentRisk:
+        """Where its risk stands, over 30 days. Needs kakunin_operator or kakunin_auditor; an agent asks
+        :meth:`Kakunin.check_risk_score` of itself. Raises BadInputError: no such agent."""
+        return self._run(ops.agent_risk(agent_id))
+
 
 class Certificates(_Resource):
     """Agents' certificates. Revoking needs kakunin_operator."""
@@ -292,6 +305,50 @@ class Ledger(_Resource):
         return self._run(ops.ledger_status())
 
 
+class Events(_Resource):
+    """What agents do, in the ledger. A client records events of the agent it acts for."""
+
+    def create(
+        self,
+        event_type: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        session_id: str | None = None,
+        occurred_at: dt.datetime | None = None,
+        agent_id: AgentId | None = None,
+    ) -> Event:
+        """Appends an event and scores it (``kakunin.audit_log_append()``).
+
+        :param event_type: such as ``api_call``, ``data_access`` or ``transaction_initiated``.
+        :param metadata: what JSON can say, 16384 bytes of it at most; ``amount_usd``, ``venue``, ``rows``,
+            ``tool`` and ``table`` are scored (docs/risk.md).
+        :param occurred_at: when that was not now; within 30 days.
+        :param agent_id: whose it must be, when that is known.
+
+        Raises BadInputError, ScopeViolationError when the client acts for another agent, and those of
+        :func:`~kakunin_db.bind_agent_session`."""
+        return self._run(
+            ops.create_event(
+                event_type, metadata, session_id=session_id, occurred_at=occurred_at, agent_id=agent_id
+            )
+        )
+
+    ingest = create
+
+    def list(
+        self,
+        *,
+        agent_id: AgentId | None = None,
+        event_type: str | None = None,
+        band: Band | None = None,
+        limit: int = 50,
+        before: int | None = None,
+    ) -> List[Event]:
+        """The newest first; ``before`` is an event's id, for the next page. Of the agent that the client acts
+        for, or, for kakunin_auditor, of all: that reading is put on record."""
+        return self._run(ops.list_events(self._setup, agent_id, event_type, band, limit=limit, before=before))
+
+
 class Verify(_Resource):
     """What anybody may ask."""
 
@@ -324,6 +381,11 @@ class Kakunin:
         ``prefix`` in KMS: then no row in the database can have an authority's key taken for an agent's.
     :param crl_url: where the revocation list will be served; goes into certificates. ``{key_id}`` in it
         stands for the authority's key id in hexadecimal.
+    :param credential: the agent that this client acts for, by its key; or, where the login holds
+        ``kakunin_gateway``, its serial. Without it a connection that ``bind_agent_session()`` has bound acts
+        for that agent.
+    :param timeout: seconds that the database has for an answer, connecting apart, before
+        ``psycopg.OperationalError``. Not on a connection of yours.
 
     Methods raise the errors in docs/errors.md, or psycopg's own.
     """
@@ -335,14 +397,42 @@ class Kakunin:
         keys: KeyStore | str | None = None,
         ca_keys: KeyStore | str | None = None,
         crl_url: str | None = None,
+        credential: AgentCredential | str | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self._connector = Connector(database)
-        setup = Setup(keys, ca_keys, crl_url, self._connector.in_transaction)
+        self._connector = Connector(database, credential, timeout)
+        setup = Setup(keys, ca_keys, crl_url, self._connector.in_transaction, self._connector.acting)
         self.authorities = Authorities(self._connector, setup)
         self.agents = Agents(self._connector, setup)
         self.certificates = Certificates(self._connector, setup)
+        self.events = Events(self._connector, setup)
         self.ledger = Ledger(self._connector, setup)
         self.verify = Verify(self._connector, setup)
+
+    def verify_agent_scope(
+        self,
+        action: str,
+        *,
+        amount_usd: Decimal | float | None = None,
+        venue: str | None = None,
+        instrument: str | None = None,
+        leverage: Decimal | float | None = None,
+    ) -> ScopeDecision:
+        """Whether the certificate of the agent that this acts for permits the action, now. It decides nothing
+        by itself: policies do, and :func:`kakunin_db.verify_agent_scope` guards a function."""
+        return self._connector.run(ops.verify_agent_scope(action, amount_usd, venue, instrument, leverage))
+
+    def require_agent_scope(self, *actions: str, agent_id: AgentId | None = None) -> None:
+        """Returns if the certificate of the agent that this acts for may be used now, permits every action,
+        and the agent is ``agent_id`` where that is given.
+
+        Raises what says why not: CertificateRevokedError, CertificateValidityError, AgentSuspendedError,
+        UnknownCertificateError, CredentialRejectedError (also where nobody is bound), ScopeViolationError."""
+        self._connector.run(ops.require_agent_scope(agent_id, actions))
+
+    def check_risk_score(self) -> AgentRisk:
+        """Where the risk of the agent that this acts for stands, and what it had better do."""
+        return self._connector.run(ops.check_risk_score())
 
     def close(self) -> None:
         """Closes the connection that this made; never one it was given."""
@@ -492,6 +582,10 @@ class AsyncAgents(_AsyncResource):
         """See :meth:`Agents.halts`."""
         return await self._run(ops.halts(agent_id))
 
+    async def risk(self, agent_id: AgentId) -> AgentRisk:
+        """See :meth:`Agents.risk`."""
+        return await self._run(ops.agent_risk(agent_id))
+
 
 class AsyncCertificates(_AsyncResource):
     """:class:`Certificates` for asyncio."""
@@ -525,6 +619,42 @@ class AsyncLedger(_AsyncResource):
         return await self._run(ops.ledger_status())
 
 
+class AsyncEvents(_AsyncResource):
+    """See :class:`Events`."""
+
+    async def create(
+        self,
+        event_type: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        session_id: str | None = None,
+        occurred_at: dt.datetime | None = None,
+        agent_id: AgentId | None = None,
+    ) -> Event:
+        """See :meth:`Events.create`."""
+        return await self._run(
+            ops.create_event(
+                event_type, metadata, session_id=session_id, occurred_at=occurred_at, agent_id=agent_id
+            )
+        )
+
+    ingest = create
+
+    async def list(
+        self,
+        *,
+        agent_id: AgentId | None = None,
+        event_type: str | None = None,
+        band: Band | None = None,
+        limit: int = 50,
+        before: int | None = None,
+    ) -> List[Event]:
+        """See :meth:`Events.list`."""
+        return await self._run(
+            ops.list_events(self._setup, agent_id, event_type, band, limit=limit, before=before)
+        )
+
+
 class AsyncVerify(_AsyncResource):
     """:class:`Verify` for asyncio."""
 
@@ -554,14 +684,39 @@ class AsyncKakunin:
         keys: KeyStore | str | None = None,
         ca_keys: KeyStore | str | None = None,
         crl_url: str | None = None,
+        credential: AgentCredential | str | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self._connector = AsyncConnector(database)
-        setup = Setup(keys, ca_keys, crl_url, self._connector.in_transaction)
+        self._connector = AsyncConnector(database, credential, timeout)
+        setup = Setup(keys, ca_keys, crl_url, self._connector.in_transaction, self._connector.acting)
         self.authorities = AsyncAuthorities(self._connector, setup)
         self.agents = AsyncAgents(self._connector, setup)
         self.certificates = AsyncCertificates(self._connector, setup)
+        self.events = AsyncEvents(self._connector, setup)
         self.ledger = AsyncLedger(self._connector, setup)
         self.verify = AsyncVerify(self._connector, setup)
+
+    async def verify_agent_scope(
+        self,
+        action: str,
+        *,
+        amount_usd: Decimal | float | None = None,
+        venue: str | None = None,
+        instrument: str | None = None,
+        leverage: Decimal | float | None = None,
+    ) -> ScopeDecision:
+        """See :meth:`Kakunin.verify_agent_scope`."""
+        return await self._connector.run(
+            ops.verify_agent_scope(action, amount_usd, venue, instrument, leverage)
+        )
+
+    async def require_agent_scope(self, *actions: str, agent_id: AgentId | None = None) -> None:
+        """See :meth:`Kakunin.require_agent_scope`."""
+        await self._connector.run(ops.require_agent_scope(agent_id, actions))
+
+    async def check_risk_score(self) -> AgentRisk:
+        """See :meth:`Kakunin.check_risk_score`."""
+        return await self._connector.run(ops.check_risk_score())
 
     async def aclose(self) -> None:
         """Closes the connection that this made; never one it was given."""

@@ -6,13 +6,20 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
+import math
 import threading
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
+from ..binding import bind_agent_session
+from ..binding.psycopg_ import hooked, is_bound
+from ..credential import AgentCredential
 from ..errors import BadInputError, named
 from .operations import Query, Rows, Step, Steps, Whole
 
@@ -39,35 +46,107 @@ def _not_this(target: object, wanted: str) -> BadInputError:
     return BadInputError(f"a client takes a DSN, {wanted}, and not {type(target).__name__}")
 
 
-class Connector:
-    """One query after the other; on a connection of its own or of a pool, each is a transaction."""
+class _LateError(psycopg.OperationalError):
+    """The server has not answered in time."""
 
-    def __init__(self, target: str | psycopg.Connection[Any] | ConnectionPool[Any]) -> None:
+
+class _Deadline:
+    """When the answer to one query must have come; never, without a timeout."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds."""
+        return None if self._seconds is None else max(self._until - time.monotonic(), 0)
+
+    @property
+    def to_connect(self) -> dict[str, Any]:
+        """libpq's parameter, which is in whole seconds and two at least."""
+        return {} if self._seconds is None else {"connect_timeout": max(2, math.ceil(self._seconds))}
+
+    def error(self) -> _LateError:
+        return _LateError(f"the database did not answer within {self._seconds} s")
+
+    def within(self, gen: PQGen[T]) -> PQGen[T]:
+        """The same for connection.wait(), which looks in ten times a second."""
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if time.monotonic() > self._until:
+                    gen.close()
+                    raise self.error()
+                wanted = gen.send(ready)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+def _seconds(timeout: float | None) -> float | None:
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+        raise BadInputError("a timeout is a number of seconds above zero")
+    return timeout
+
+
+class Connector:
+    """One query after the other; on a connection of its own or of a pool, each is a transaction.
+
+    With a credential or a serial each is bound to that. With a timeout, a connection of its own or of a pool
+    whose server has not answered a query by then is closed.
+    """
+
+    def __init__(
+        self,
+        target: str | psycopg.Connection[Any] | ConnectionPool[Any],
+        credential: AgentCredential | str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         if not (isinstance(target, (str, psycopg.Connection)) or _is_pool(target, asynchronous=False)):
             raise _not_this(target, "a psycopg.Connection or a ConnectionPool")
         self._target = target
+        self._credential = credential
+        self._timeout = _seconds(timeout)
         self._own: psycopg.Connection[Any] | None = None
         self._lock = threading.Lock()
 
     def in_transaction(self) -> bool:
         return isinstance(self._target, psycopg.Connection) and _in_transaction(self._target)
 
+    def acting(self) -> bool:
+        """Whether queries are those of an agent."""
+        return self._credential is not None or (
+            isinstance(self._target, psycopg.Connection) and is_bound(self._target)
+        )
+
     def query(self, query: Query) -> Rows:
         if isinstance(self._target, psycopg.Connection):
             return self._fetch(self._target, query)
+        deadline = _Deadline(self._timeout)
         if isinstance(self._target, str):
-            with self._lock:
+            if not self._lock.acquire(timeout=-1 if deadline.left is None else deadline.left):
+                raise deadline.error()
+            try:
                 if self._own is None or _is_gone(self._own):
-                    self._own = psycopg.connect(self._target, **_OWN)
-                return self._fetch(self._own, query)
-        with self._target.connection() as connection:
+                    self._own = psycopg.connect(self._target, **_OWN | deadline.to_connect)
+                with _watched(self._own, deadline):
+                    return self._fetch(self._own, query)
+            finally:
+                self._lock.release()
+        with self._target.connection(deadline.left) as connection, _watched(connection, deadline):
             return self._fetch(connection, query)
 
-    @staticmethod
-    def _fetch(connection: psycopg.Connection[Any], query: Query) -> Rows:
-        with psycopg.Cursor(connection, row_factory=dict_row) as cursor:  # whatever kind the caller's are
-            cursor.execute(query.sql.encode(), query.parameters)
-            return cursor.fetchall()
+    def _fetch(self, connection: psycopg.Connection[Any], query: Query) -> Rows:
+        if self._credential is not None:
+            # A transaction, so that it is the same through a pooler and with a serial.
+            with (
+                bind_agent_session(connection, self._credential, record_attempts=False) as bound,
+                bound.transaction(),
+            ):
+                return _rows(bound, query)
+        return _rows(connection, query)
 
     def run(self, steps: Steps[T]) -> T:
         """Performs an operation's steps. Raises the kit's errors, or psycopg's."""
@@ -94,32 +173,58 @@ class Connector:
 class AsyncConnector:
     """:class:`Connector` for asyncio. Calls, which may wait for a KMS, happen in a thread."""
 
-    def __init__(self, target: str | psycopg.AsyncConnection[Any] | AsyncConnectionPool[Any]) -> None:
+    def __init__(
+        self,
+        target: str | psycopg.AsyncConnection[Any] | AsyncConnectionPool[Any],
+        credential: AgentCredential | str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         if not (isinstance(target, (str, psycopg.AsyncConnection)) or _is_pool(target, asynchronous=True)):
             raise _not_this(target, "a psycopg.AsyncConnection or an AsyncConnectionPool")
         self._target = target
+        self._credential = credential
+        self._timeout = _seconds(timeout)
         self._own: psycopg.AsyncConnection[Any] | None = None
         self._lock = asyncio.Lock()
 
     def in_transaction(self) -> bool:
         return isinstance(self._target, psycopg.AsyncConnection) and _in_transaction(self._target)
 
+    def acting(self) -> bool:
+        """Whether queries are those of an agent."""
+        return self._credential is not None or (
+            isinstance(self._target, psycopg.AsyncConnection) and is_bound(self._target)
+        )
+
     async def query(self, query: Query) -> Rows:
         if isinstance(self._target, psycopg.AsyncConnection):
             return await self._fetch(self._target, query)
+        deadline = _Deadline(self._timeout)
         if isinstance(self._target, str):
-            async with self._lock:
+            try:
+                await asyncio.wait_for(self._lock.acquire(), deadline.left)
+            except asyncio.TimeoutError:
+                raise deadline.error() from None
+            try:
                 if self._own is None or _is_gone(self._own):
-                    self._own = await psycopg.AsyncConnection.connect(self._target, **_OWN)
-                return await self._fetch(self._own, query)
-        async with self._target.connection() as connection:
-            return await self._fetch(connection, query)
+                    connect = psycopg.AsyncConnection.connect
+                    self._own = await connect(self._target, **_OWN | deadline.to_connect)
+                with _watched(self._own, deadline):
+                    return await self._fetch(self._own, query)
+            finally:
+                self._lock.release()
+        async with self._target.connection(deadline.left) as connection:
+            with _watched(connection, deadline):
+                return await self._fetch(connection, query)
 
-    @staticmethod
-    async def _fetch(connection: psycopg.AsyncConnection[Any], query: Query) -> Rows:
-        async with psycopg.AsyncCursor(connection, row_factory=dict_row) as cursor:
-            await cursor.execute(query.sql.encode(), query.parameters)
-            return await cursor.fetchall()
+    async def _fetch(self, connection: psycopg.AsyncConnection[Any], query: Query) -> Rows:
+        if self._credential is not None:
+            async with (
+                bind_agent_session(connection, self._credential, record_attempts=False) as bound,
+                bound.transaction(),
+            ):
+                return await _rows_async(bound, query)
+        return await _rows_async(connection, query)
 
     async def run(self, steps: Steps[T]) -> T:
         """Performs an operation's steps. Raises the kit's errors, or psycopg's.
@@ -169,6 +274,54 @@ class AsyncConnector:
         """Closes the connection this made; never the caller's."""
         if self._own is not None:
             await self._own.close()
+
+
+@contextlib.contextmanager
+def _watched(
+    connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], deadline: _Deadline
+) -> Iterator[None]:
+    """Closes the connection when the deadline has passed: what it would answer later is nobody's."""
+    if deadline.left is None:
+        yield
+        return
+    real: Any = connection.wait
+
+    def wait(gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        try:
+            result: T = real(deadline.within(gen), *args, **kwargs)
+        except _LateError:
+            connection.close()
+            raise
+        return result
+
+    async def wait_async(gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        try:
+            result: T = await real(deadline.within(gen), *args, **kwargs)
+        except _LateError:
+            await connection.close()  # type: ignore[misc]
+            raise
+        return result
+
+    connection.__dict__["wait"] = wait if isinstance(connection, psycopg.Connection) else wait_async
+    try:
+        yield
+    finally:
+        connection.__dict__.pop("wait", None)  # a binding takes its own away, and this with it
+
+
+def _rows(connection: psycopg.Connection[Any], query: Query) -> Rows:
+    # Whatever kind of cursor the caller's connection makes.
+    with hooked(connection, psycopg.Cursor)(connection, row_factory=dict_row) as cursor:
+        cursor.execute(query.sql.encode(), query.parameters)
+        rows: Rows = cursor.fetchall()
+        return rows
+
+
+async def _rows_async(connection: psycopg.AsyncConnection[Any], query: Query) -> Rows:
+    async with hooked(connection, psycopg.AsyncCursor)(connection, row_factory=dict_row) as cursor:
+        await cursor.execute(query.sql.encode(), query.parameters)
+        rows: Rows = await cursor.fetchall()
+        return rows
 
 
 def _is_gone(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:

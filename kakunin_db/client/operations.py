@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import json
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,19 +28,24 @@ from ..credential import Payload, SignResult, payload_bytes, sign_payload
 from ..errors import (
     AgentSuspendedError,
     BadInputError,
+    CredentialRejectedError,
     KakuninError,
+    ScopeViolationError,
     SignerError,
     SignerUnavailableError,
     UnknownCertificateError,
+    error_of,
 )
 from ..serials import normalize_serial
 from ..signers import KeyStore, Signer, open_keys, subject_key_id
 from .results import (
     Agent,
+    AgentRisk,
     AgentUpdate,
     Authority,
     Certificate,
     CertificateVerification,
+    Event,
     HaltReceipt,
     LedgerKey,
     LedgerStatus,
@@ -46,6 +53,7 @@ from .results import (
     Pending,
     RevocationList,
     RevocationResult,
+    ScopeDecision,
 )
 
 T = TypeVar("T")
@@ -80,13 +88,15 @@ AgentId = uuid.UUID | str
 class Setup:
     """Where keys are, and what certificates are to say beyond what each call gives.
 
-    ``in_transaction`` is whether the caller's own transaction is open around each query.
+    ``in_transaction`` is whether the caller's own transaction is open around each query, ``acting`` whether
+    the client acts for an agent.
     """
 
     keys: KeyStore | str | None
     ca_keys: KeyStore | str | None
     crl_url: str | None
     in_transaction: Callable[[], bool]
+    acting: Callable[[], bool]
     _opened: dict[str, KeyStore] = field(default_factory=dict)
 
     def store(self, *, ca: bool) -> KeyStore:
@@ -112,7 +122,7 @@ def _columns(result: type[Any], *leave_out: str) -> str:
     return ", ".join(field.name for field in fields(result) if field.name not in leave_out)
 
 
-def _uuid(value: AgentId) -> uuid.UUID:
+def as_uuid(value: AgentId) -> uuid.UUID:
     try:
         return value if isinstance(value, uuid.UUID) else uuid.UUID(value)
     except (ValueError, AttributeError, TypeError) as error:
@@ -352,7 +362,7 @@ _AGENT = f"select {_columns(Agent)} from kakunin.agents"
 
 
 def get_agent(agent_id: AgentId) -> Steps[Agent]:
-    rows = yield Query(f"{_AGENT} where agent_id = %s", [_uuid(agent_id)])
+    rows = yield Query(f"{_AGENT} where agent_id = %s", [as_uuid(agent_id)])
     if not rows:
         raise BadInputError(f"no agent {agent_id}", "Create it with agents.create().")
     return Agent(**rows[0])
@@ -396,7 +406,7 @@ def update_agent(
     rows = yield Query(
         "select r.* from jsonb_to_record(kakunin.update_agent(%s, %s, %s, %s, %s, %s))"
         " as r(certificates_revoked text[], next text)",
-        [_uuid(agent_id), name, tenant, model, version, model_hash],
+        [as_uuid(agent_id), name, tenant, model, version, model_hash],
     )
     revoked = tuple(rows[0]["certificates_revoked"])
     pending = yield from _crl_pending(setup, revoked)
@@ -414,7 +424,7 @@ def certify(
     overlap: dt.timedelta | None,
     authority: str | None,
 ) -> Steps[Certificate]:
-    asked = agent_id.agent_id if isinstance(agent_id, Agent) else _uuid(agent_id)
+    asked = agent_id.agent_id if isinstance(agent_id, Agent) else as_uuid(agent_id)
     agent = yield from get_agent(asked)
     if isinstance(agent_id, Agent) and _certified(agent) != _certified(agent_id):
         raise BadInputError(
@@ -520,7 +530,7 @@ def rotate(
     """
     present = yield from _active(agent_id)
     ca = yield from _open_authority(setup, present.issuer_key_id)
-    old = _certificate_of(_uuid(agent_id), present, ca)
+    old = _certificate_of(as_uuid(agent_id), present, ca)
     certificate = old.certificate
     if lifetime is None:
         lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
@@ -545,7 +555,7 @@ def _active(agent_id: AgentId) -> Steps[Certificate]:
     rows = yield Query(
         f"{_CERTIFICATE} where agent_id = %s and revoked_at is null"
         " and now() between not_before and not_after",
-        [_uuid(agent_id)],
+        [as_uuid(agent_id)],
     )
     if not rows:
         raise UnknownCertificateError(
@@ -581,7 +591,7 @@ def sign(setup: Setup, agent_id: AgentId, payload: Payload) -> Steps[SignResult]
     authority whose key is in the store has signed: else a row could point to any key there is."""
     present = yield from _active(agent_id)
     ca = yield from _open_authority(setup, present.issuer_key_id)
-    certificate = _certificate_of(_uuid(agent_id), present, ca)
+    certificate = _certificate_of(as_uuid(agent_id), present, ca)
     store = yield lambda: setup.store(ca=False)
     signer = yield lambda: store.open(certificate.public_key)
     result: SignResult = yield lambda: sign_payload(signer, certificate.serial, payload)
@@ -589,12 +599,12 @@ def sign(setup: Setup, agent_id: AgentId, payload: Payload) -> Steps[SignResult]
 
 
 def suspend(agent_id: AgentId, reason: str) -> Steps[Agent]:
-    yield Query("select kakunin.suspend_agent(%s, %s)", [_uuid(agent_id), reason])
+    yield Query("select kakunin.suspend_agent(%s, %s)", [as_uuid(agent_id), reason])
     return (yield from get_agent(agent_id))
 
 
 def reinstate(agent_id: AgentId) -> Steps[Agent]:
-    yield Query("select kakunin.reinstate_agent(%s)", [_uuid(agent_id)])
+    yield Query("select kakunin.reinstate_agent(%s)", [as_uuid(agent_id)])
     return (yield from get_agent(agent_id))
 
 
@@ -604,7 +614,7 @@ def halt(setup: Setup, agent_id: AgentId, reason: str, *, terminate: bool) -> St
         "select r.* from jsonb_to_record(kakunin.halt_agent(%s, %s, %s)) as r(halt_id uuid, agent_id uuid,"
         " halted_at timestamptz, certificates_revoked text[], backends_terminated int,"
         " backends_not_terminated int, hint text, receipt text)",
-        [_uuid(agent_id), reason, terminate],
+        [as_uuid(agent_id), reason, terminate],
     )
     row = rows[0] | {"certificates_revoked": tuple(rows[0]["certificates_revoked"])}
     receipt = HaltReceipt(**row, signature=None, key_id=None)
@@ -628,7 +638,7 @@ def halts(agent_id: AgentId | None) -> Steps[list[HaltReceipt]]:
     rows = yield Query(
         "select halt_id, agent_id, halted_at, serials, receipt, signature, key_id from kakunin.halts"
         " where agent_id = coalesce(%s, agent_id) order by halted_at",
-        [None if agent_id is None else _uuid(agent_id)],
+        [None if agent_id is None else as_uuid(agent_id)],
     )
     return [
         HaltReceipt(
@@ -645,6 +655,148 @@ def halts(agent_id: AgentId | None) -> Steps[list[HaltReceipt]]:
         )
         for row in rows
     ]
+
+
+# Events, and what an agent asks before it acts ---------------------------------------------------------
+
+
+def agent_risk(agent_id: AgentId) -> Steps[AgentRisk]:
+    return _risk((yield Query("select kakunin.agent_risk(%s) as risk", [as_uuid(agent_id)])))
+
+
+def check_risk_score() -> Steps[AgentRisk]:
+    return _risk((yield Query("select kakunin.check_risk_score() as risk")))
+
+
+def _risk(rows: Rows) -> AgentRisk:
+    risk = rows[0]["risk"]
+    drift = risk["drift"] if isinstance(risk["drift"], dict) else None  # or the text insufficient_data
+    return AgentRisk(**risk | {"agent_id": uuid.UUID(risk["agent_id"]), "drift": drift})
+
+
+def verify_agent_scope(
+    action: str,
+    amount_usd: Decimal | float | None,
+    venue: str | None,
+    instrument: str | None,
+    leverage: Decimal | float | None,
+) -> Steps[ScopeDecision]:
+    rows = yield Query(
+        "select kakunin.verify_agent_scope(%s, %s, %s, %s, %s) as decision",
+        [action, amount_usd, venue, instrument, leverage],
+    )
+    return _decision(rows[0]["decision"])
+
+
+def _decision(found: dict[str, Any]) -> ScopeDecision:
+    agent_id = found.get("agent_id")
+    return ScopeDecision(**found | {"agent_id": None if agent_id is None else uuid.UUID(agent_id)})
+
+
+def require_agent_scope(agent_id: AgentId | None, scopes: Sequence[str]) -> Steps[None]:
+    expected = None if agent_id is None else as_uuid(agent_id)
+    rows = yield Query(
+        "select kakunin.current_agent_id() as agent_id, kakunin.verify_agent_scope(s.scope) as decision"
+        " from kakunin.require_session() left join unnest(%s::text[]) s(scope) on true",
+        [list(scopes)],
+    )
+    acting = {row["agent_id"] for row in rows}
+    if expected is not None and acting != {expected}:
+        raise ScopeViolationError(
+            f"this client acts for agent {', '.join(map(str, acting))}, and not for {expected}",
+            "Guard each agent's tools with a client of its own credential.",
+        )
+    decisions = [_decision(row["decision"]) for row in rows if scopes]
+    for decision in decisions:
+        if decision.allowed is not True:
+            raise error_of(decision.code, decision.reason)
+    # Permitted is what was answered, not what was not refused.
+    if None in acting or len(acting) != 1 or [decision.action for decision in decisions] != list(scopes):
+        raise CredentialRejectedError("the database has not answered what it was asked")
+
+
+_EVENT_OF = (
+    "event_id, agent_id, event_type, recorded_at, session_id, metadata, chain, sequence, hash, prev, risk"
+)
+
+
+def create_event(
+    event_type: str,
+    metadata: Mapping[str, Any] | None,
+    *,
+    session_id: str | None,
+    occurred_at: dt.datetime | None,
+    agent_id: AgentId | None,
+) -> Steps[Event]:
+    try:
+        text = json.dumps({} if metadata is None else metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadInputError("an event's metadata is a mapping that JSON can say", str(error)) from error
+    rows = yield Query(
+        "select kakunin.audit_log_append(%s, %s::jsonb, %s, %s) as event"
+        " from (select kakunin.current_agent_id() as agent_id) b"
+        " where coalesce(b.agent_id = %s, true)",
+        [event_type, text, session_id, occurred_at, None if agent_id is None else as_uuid(agent_id)],
+    )
+    if not rows:
+        raise ScopeViolationError(
+            f"this client does not act for agent {agent_id}",
+            "Record each agent's events with its own credential.",
+        )
+    event = rows[0]["event"]
+    return _event(
+        event
+        | {
+            "agent_id": uuid.UUID(event["agent_id"]),
+            "recorded_at": dt.datetime.fromisoformat(event["recorded_at"].replace("Z", "+00:00")),
+            "session_id": session_id,
+            "metadata": json.loads(text),
+            "risk": event,
+        }
+    )
+
+
+def _event(row: dict[str, Any]) -> Event:
+    risk = row["risk"]
+    scored = ("score", "band", "factors", "agent_score", "agent_band")
+    return Event(
+        **{name.name: row[name.name] for name in fields(Event) if name.name not in (*scored, "revoked")},
+        **{name: risk[name] for name in scored},
+        revoked=risk.get("revoked"),
+    )
+
+
+def list_events(
+    setup: Setup,
+    agent_id: AgentId | None,
+    event_type: str | None,
+    band: str | None,
+    *,
+    limit: int,
+    before: int | None,
+) -> Steps[list[Event]]:
+    asked = {
+        "agent_id": agent_id and str(as_uuid(agent_id)),
+        "event_type": event_type,
+        "band": band,
+        "before": before,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not setup.acting():
+        yield Query("select kakunin.record_read('list', %s::jsonb)", [json.dumps(given)])
+    conditions = {
+        "agent_id": "agent_id = %(agent_id)s::uuid",
+        "event_type": "event_type = %(event_type)s",
+        "band": "risk ->> 'band' = %(band)s",
+        "before": "event_id < %(before)s",
+    }
+    where = "".join(f" and {conditions[name]}" for name in given)
+    rows = yield Query(
+        f"select {_EVENT_OF} from kakunin.audit_log where risk is not null{where}"
+        " order by event_id desc limit %(limit)s",
+        {**given, "limit": limit},
+    )
+    return [_event(row) for row in rows]
 
 
 # Certificates ---------------------------------------------------------------------------------------
@@ -669,7 +821,7 @@ def get_certificate(serial: str) -> Steps[Certificate]:
 def list_certificates(agent_id: AgentId | None) -> Steps[list[Certificate]]:
     rows = yield Query(
         f"{_CERTIFICATE} where agent_id = coalesce(%s, agent_id) order by registered_at desc, serial",
-        [None if agent_id is None else _uuid(agent_id)],
+        [None if agent_id is None else as_uuid(agent_id)],
     )
     return [_certificate(row) for row in rows]
 
@@ -709,7 +861,7 @@ def verify_message(
             signature = base64.b64decode(signature, validate=True)
         except ValueError as error:
             raise BadInputError("a signature is bytes, or their base64") from error
-    expected = None if agent_id is None else _uuid(agent_id)
+    expected = None if agent_id is None else as_uuid(agent_id)
     rows = yield Query(
         "select r.* from jsonb_to_record(kakunin.verify_message(%s, %s, %s)) as r(valid boolean,"
         " signature_valid boolean, certificate_status text, certificate_serial text, agent_id uuid,"

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 
 from ..ca import ALGORITHM
 
+Band = Literal["low", "medium", "high", "critical"]
 Status = Literal["active", "revoked", "expired", "not_yet_valid", "suspended", "unknown"]
 
 
@@ -32,6 +33,60 @@ class Agent:
     @property
     def status(self) -> Literal["active", "suspended"]:
         return "active" if self.suspended_at is None else "suspended"
+
+
+@dataclass(frozen=True)
+class AgentRisk:
+    """An agent's risk at this moment, over 30 days. ``score`` is from 0 to 1; ``by_event_type`` has of each
+    type its ``events`` and its ``contribution``; ``drift`` is None while there is too little to compare."""
+
+    agent_id: uuid.UUID
+    score: float
+    band: Band
+    window_days: int
+    events: int
+    by_event_type: dict[str, dict[str, Any]]
+    trend: Literal["rising", "falling", "stable", "insufficient_data"]
+    drift: dict[str, Any] | None
+    recommendation: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event in the ledger, with what it was scored with; scores are from 0 to 1. ``revoked`` is whether it
+    took its agent's access, where the agent's score was high, and None elsewhere."""
+
+    event_id: int
+    agent_id: uuid.UUID
+    event_type: str
+    recorded_at: dt.datetime
+    session_id: str | None
+    metadata: Any
+    score: float
+    band: Band
+    factors: dict[str, float]
+    agent_score: float
+    agent_band: Band
+    revoked: bool | None
+    chain: int
+    sequence: int
+    hash: str
+    prev: str
+
+
+@dataclass(frozen=True)
+class ScopeDecision:
+    """Whether an agent's certificate permits an action. ``code`` is the SQLSTATE of why not; risk and the
+    certificate's serial are None where no certificate could be used."""
+
+    allowed: bool
+    action: str
+    reason: str
+    code: str | None
+    agent_id: uuid.UUID | None = None
+    certificate_serial: str | None = None
+    risk_score: float | None = None
+    risk_band: Band | None = None
 
 
 @dataclass(frozen=True)
