@@ -27,6 +27,7 @@ from .errors import (
     WebhookVerificationError,
 )
 from .model_hash import compute_model_hash
+from .monitoring import Monitor
 from .scope import ScopeGuard, verify_agent_scope
 from .serials import normalize_serial
 from .signers import (
@@ -64,6 +65,7 @@ __all__ = [
     "LedgerIntegrityError",
     "LocalKeys",
     "LocalSigner",
+    "Monitor",
     "PKCS11Keys",
     "PKCS11Signer",
     "PolicyViolationError",

@@ -31,6 +31,7 @@ from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
 from ..conninfo import lasting
+from ..deadline import until
 from ..errors import CredentialRejectedError, KakuninError, SignerUnavailableError, about
 from ..logs import why
 from .bearer import Bearer
@@ -331,11 +332,11 @@ class Recorder:
         self, key: tuple[str, str], agent: _Agent, attempt: _Attempt, metadata: dict[str, Any]
     ) -> None:
         connection = self._connected(key, agent)
-        until = time.monotonic() + ON_TIME
+        moment = time.monotonic() + ON_TIME
         wait = type(connection).wait
 
         def on_time(gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
-            return wait(connection, _until(gen, until), *args, **kwargs)
+            return wait(connection, until(gen, moment, ON_TIME), *args, **kwargs)
 
         connection.wait = on_time  # type: ignore[method-assign]
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
@@ -375,20 +376,6 @@ class Recorder:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-
-
-def _until(gen: PQGen[Any], until: float) -> PQGen[Any]:
-    """The generator, ended with an error once it is too late: psycopg asks several times a second."""
-    try:
-        wanted = next(gen)
-        while True:
-            ready = yield wanted
-            if not ready and time.monotonic() > until:
-                gen.close()
-                raise psycopg.OperationalError("the database did not answer in time")
-            wanted = gen.send(ready)
-    except StopIteration as end:
-        return end.value
 
 
 recorder: Final = Recorder()

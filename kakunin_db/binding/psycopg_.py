@@ -26,6 +26,7 @@ from psycopg.sql import Composable
 from psycopg.waiting import Wait
 
 from ..conninfo import dsn_of
+from ..credential import AgentCredential
 from ..errors import BadInputError, named
 from .bearer import Bearer, Left, Query, Rollback, SetAutocommit, Steps, wrong_answer
 from .core import Core
@@ -479,14 +480,15 @@ class AsyncBinding(_Hooks):
         return type(factory.__name__, (factory,), {k: v for k, v in members.items() if hasattr(factory, k)})
 
 
-def is_bound(connection: _AnyConnection) -> bool:
-    """Whether a block of bind_agent_session() is open on it."""
-    return getattr(connection, "_kakunin_binding", None) is not None
+def bound_as(connection: _AnyConnection) -> AgentCredential | str | None:
+    """Whom the block that is open on it is for; None where none is."""
+    binding: _Hooks | None = getattr(connection, "_kakunin_binding", None)
+    return None if binding is None else binding.bearer.credential or binding.bearer.serial
 
 
 def hooked(connection: _AnyConnection, factory: type[Any]) -> type[Any]:
     """The class of cursors, bound as the connection's own are where a block is open on it."""
-    kind: type[Any] = connection._kakunin_binding._hooked(factory) if is_bound(connection) else factory  # type: ignore[union-attr]
+    kind: type[Any] = connection._kakunin_binding._hooked(factory) if bound_as(connection) else factory  # type: ignore[union-attr]
     return kind
 
 

@@ -434,6 +434,11 @@ class Kakunin:
         """Where the risk of the agent that this acts for stands, and what it had better do."""
         return self._connector.run(ops.check_risk_score())
 
+    def acts_as(self) -> tuple[str, AgentCredential | str]:
+        """A DSN like this client's, and the credential or serial it acts by. Raises BadInputError where it
+        acts for nobody."""
+        return self._connector.acts_as()
+
     def close(self) -> None:
         """Closes the connection that this made; never one it was given."""
         self._connector.close()
@@ -717,6 +722,11 @@ class AsyncKakunin:
     async def check_risk_score(self) -> AgentRisk:
         """See :meth:`Kakunin.check_risk_score`."""
         return await self._connector.run(ops.check_risk_score())
+
+    def acts_as(self) -> tuple[str, AgentCredential | str]:
+        """A DSN like this client's, and the credential or serial it acts by. Raises BadInputError where it
+        acts for nobody."""
+        return self._connector.acts_as()
 
     async def aclose(self) -> None:
         """Closes the connection that this made; never one it was given."""

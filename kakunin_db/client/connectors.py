@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
+from psycopg import pq
 from psycopg.abc import PQGen
+from psycopg.conninfo import make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from ..binding import bind_agent_session
-from ..binding.psycopg_ import hooked, is_bound
+from ..binding.psycopg_ import bound_as, hooked
+from ..conninfo import dsn_of
 from ..credential import AgentCredential
+from ..deadline import LateError, until
 from ..errors import BadInputError, named
 from .operations import Query, Rows, Step, Steps, Whole
 
@@ -46,10 +50,6 @@ def _not_this(target: object, wanted: str) -> BadInputError:
     return BadInputError(f"a client takes a DSN, {wanted}, and not {type(target).__name__}")
 
 
-class _LateError(psycopg.OperationalError):
-    """The server has not answered in time."""
-
-
 class _Deadline:
     """When the answer to one query must have come; never, without a timeout."""
 
@@ -67,22 +67,12 @@ class _Deadline:
         """libpq's parameter, which is in whole seconds and two at least."""
         return {} if self._seconds is None else {"connect_timeout": max(2, math.ceil(self._seconds))}
 
-    def error(self) -> _LateError:
-        return _LateError(f"the database did not answer within {self._seconds} s")
+    def error(self) -> LateError:
+        return LateError(f"another query of this client did not end within {self._seconds} s")
 
     def within(self, gen: PQGen[T]) -> PQGen[T]:
-        """The same for connection.wait(), which looks in ten times a second."""
-        try:
-            wanted = next(gen)
-            while True:
-                ready = yield wanted
-                if time.monotonic() > self._until:
-                    gen.close()
-                    raise self.error()
-                wanted = gen.send(ready)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+        """The same, for connection.wait()."""
+        return until(gen, self._until, self._seconds or math.inf)
 
 
 def _seconds(timeout: float | None) -> float | None:
@@ -118,8 +108,12 @@ class Connector:
     def acting(self) -> bool:
         """Whether queries are those of an agent."""
         return self._credential is not None or (
-            isinstance(self._target, psycopg.Connection) and is_bound(self._target)
+            isinstance(self._target, psycopg.Connection) and bound_as(self._target) is not None
         )
+
+    def acts_as(self) -> tuple[str, AgentCredential | str]:
+        """What opens another connection, and whom that would act for. Raises BadInputError."""
+        return _acts_as(self._target, self._credential)
 
     def query(self, query: Query) -> Rows:
         if isinstance(self._target, psycopg.Connection):
@@ -193,8 +187,12 @@ class AsyncConnector:
     def acting(self) -> bool:
         """Whether queries are those of an agent."""
         return self._credential is not None or (
-            isinstance(self._target, psycopg.AsyncConnection) and is_bound(self._target)
+            isinstance(self._target, psycopg.AsyncConnection) and bound_as(self._target) is not None
         )
+
+    def acts_as(self) -> tuple[str, AgentCredential | str]:
+        """What opens another connection, and whom that would act for. Raises BadInputError."""
+        return _acts_as(self._target, self._credential)
 
     async def query(self, query: Query) -> Rows:
         if isinstance(self._target, psycopg.AsyncConnection):
@@ -289,7 +287,7 @@ def _watched(
     def wait(gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         try:
             result: T = real(deadline.within(gen), *args, **kwargs)
-        except _LateError:
+        except LateError:
             connection.close()
             raise
         return result
@@ -297,7 +295,7 @@ def _watched(
     async def wait_async(gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         try:
             result: T = await real(deadline.within(gen), *args, **kwargs)
-        except _LateError:
+        except LateError:
             await connection.close()  # type: ignore[misc]
             raise
         return result
@@ -322,6 +320,23 @@ async def _rows_async(connection: psycopg.AsyncConnection[Any], query: Query) ->
         await cursor.execute(query.sql.encode(), query.parameters)
         rows: Rows = await cursor.fetchall()
         return rows
+
+
+def _acts_as(target: Any, credential: AgentCredential | str | None) -> tuple[str, AgentCredential | str]:
+    is_connection = isinstance(target, (psycopg.Connection, psycopg.AsyncConnection))
+    if credential is None and is_connection:
+        credential = bound_as(target)
+    if credential is None:
+        raise BadInputError("this client acts for nobody", "Make it with the credential of an agent.")
+    if isinstance(target, str):
+        return target, credential
+    if is_connection:
+        return dsn_of(target), credential
+    if not isinstance(target.conninfo, str):
+        raise BadInputError("what this pool connects to cannot be known", "Give it a DSN, and no function.")
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    given = {name: value for name, value in (target.kwargs or {}).items() if name in known}
+    return make_conninfo(target.conninfo, **given), credential
 
 
 def _is_gone(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
