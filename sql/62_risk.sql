@@ -152,8 +152,9 @@ language sql immutable parallel safe
 return case when p_text ~ '^[0-9]{1,18}([.][0-9]{1,18})?$' then p_text::numeric end;
 comment on function kakunin_private.number_of(text) is 'The number from zero to below 10^18 that this text is, or NULL';
 
+-- No more than stable, as convert_to() is: else it is not inlined.
 create function kakunin_private.known_digest(p_kind text, p_value text) returns bytea
-language sql immutable parallel safe
+language sql stable parallel safe
 return substr(sha256(convert_to(p_kind || ':' || p_value, 'UTF8')), 1, 16);
 comment on function kakunin_private.known_digest(text, text) is 'How risk_known has a value';
 
@@ -170,23 +171,24 @@ comment on function kakunin_private.beyond(double precision, kakunin_private.bas
   'How far the logarithm of a value is beyond what is usual: 0 up to three standard deviations above the mean, towards 1 beyond';
 
 -- Welford's, with what is older than some thousand events fading. What is beyond three standard deviations counts as if it were
--- there, so that who goes far beyond does not make it usual.
-create function kakunin_private.learned(p_usual kakunin_private.baseline, p_value double precision) returns kakunin_private.baseline
-language plpgsql immutable parallel safe
-as $$
-declare
-  v_edge constant double precision :=
-    case when p_usual.n >= 30 then least(p_value, p_usual.mean + 3 * kakunin_private.spread(p_usual)) else p_value end;
-  v_off  constant double precision := case when abs(v_edge - p_usual.mean) > 1e-9 then v_edge - p_usual.mean else 0 end;
-begin
-  p_usual.n := least(p_usual.n, 2000) + 1;
-  p_usual.square := greatest(p_usual.square * least(1, 2000 / p_usual.n) + v_off ^ 2 * (p_usual.n - 1) / p_usual.n, 1e-9);
-  p_usual.mean := p_usual.mean + v_off / p_usual.n;
-  return p_usual;
-end
-$$;
+-- there, so that who goes far beyond does not make it usual. In two expressions, each of which is inlined.
+create function kakunin_private.off(p_usual kakunin_private.baseline, p_value double precision) returns double precision
+language sql immutable parallel safe
+return case when abs(p_value - (p_usual).mean) <= 1e-9 then 0
+            when (p_usual).n >= 30 then least(p_value - (p_usual).mean, 3 * kakunin_private.spread(p_usual))
+            else p_value - (p_usual).mean end;
+comment on function kakunin_private.off(kakunin_private.baseline, double precision) is
+  'How far the logarithm of a value is off the mean, three standard deviations at most';
+
+create function kakunin_private.learned(p_usual kakunin_private.baseline, p_off double precision) returns kakunin_private.baseline
+language sql immutable parallel safe
+return row(
+  least((p_usual).n, 2000) + 1,
+  (p_usual).mean + p_off / (least((p_usual).n, 2000) + 1),
+  greatest((p_usual).square * least(1, 2000 / (least((p_usual).n, 2000) + 1)) + p_off ^ 2 * least((p_usual).n, 2000) / (least((p_usual).n, 2000) + 1), 1e-9)
+)::kakunin_private.baseline;
 comment on function kakunin_private.learned(kakunin_private.baseline, double precision) is
-  'What is usual after another value, by its logarithm';
+  'What is usual after another value that is so far off';
 
 -- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
 create function kakunin_private.violations(
@@ -373,6 +375,7 @@ declare
   v_leverage   numeric;
   v_log        double precision;
   v_log_rows   double precision;
+  v_off        double precision;
   v_hard       double precision;
   v_score      double precision;
   v_part       double precision;
@@ -430,12 +433,15 @@ begin
   if jsonb_typeof(p_metadata) is distinct from 'object' then
     v_malformed := true;
   elsif p_metadata <> '{}' then
-    select m.amount_usd, m."amountUsd" as amount_usd_2, m.rows, m.row_count, m.leverage, m.venue,
-           coalesce(m.instrument, m.symbol) as instrument, coalesce(m.tool, m.action) as tool, m."table" as relation
-      into v_given
-      from jsonb_to_record(p_metadata) as m(
-        amount_usd text, "amountUsd" text, rows text, row_count text, leverage text, venue text, instrument text, symbol text,
-        tool text, action text, "table" text);
+    select p_metadata ->> 'amount_usd' as amount_usd, p_metadata ->> 'amountUsd' as amount_usd_2, p_metadata ->> 'rows' as rows,
+           p_metadata ->> 'row_count' as row_count, p_metadata ->> 'leverage' as leverage, p_metadata ->> 'venue' as venue,
+           coalesce(p_metadata ->> 'instrument', p_metadata ->> 'symbol') as instrument,
+           coalesce(p_metadata ->> 'tool', p_metadata ->> 'action') as tool, p_metadata ->> 'table' as relation,
+           -- Names are texts, and none is empty: as texts, what else they may be is not in it.
+           jsonb_strip_nulls(jsonb_build_object(
+             'venue', p_metadata ->> 'venue', 'instrument', p_metadata ->> 'instrument', 'symbol', p_metadata ->> 'symbol',
+             'tool', p_metadata ->> 'tool', 'action', p_metadata ->> 'action', 'table', p_metadata ->> 'table')) as names
+      into v_given;
     if num_nonnulls(v_given.amount_usd, v_given.amount_usd_2, v_given.rows, v_given.row_count, v_given.leverage) > 0 then
       -- Of two spellings the larger counts.
       v_amount := greatest(kakunin_private.number_of(v_given.amount_usd), kakunin_private.number_of(v_given.amount_usd_2));
@@ -457,7 +463,8 @@ begin
       v_digests := v_digests || kakunin_private.known_digest('table', v_given.relation);
     end if;
     if greatest(length(v_venue), length(v_instrument), length(v_given.tool), length(v_given.relation)) > 200
-      or jsonb_path_exists(p_metadata, '$ ? (@.venue == "" || @.venue.type() <> "string" && @.venue.type() <> "null" || @.instrument == "" || @.instrument.type() <> "string" && @.instrument.type() <> "null" || @.symbol == "" || @.symbol.type() <> "string" && @.symbol.type() <> "null" || @.tool == "" || @.tool.type() <> "string" && @.tool.type() <> "null" || @.action == "" || @.action.type() <> "string" && @.action.type() <> "null" || @.table == "" || @.table.type() <> "string" && @.table.type() <> "null")') then
+      or not p_metadata @> v_given.names
+      or '' in (v_venue, p_metadata ->> 'instrument', p_metadata ->> 'symbol', p_metadata ->> 'tool', p_metadata ->> 'action', v_given.relation) then
       v_malformed := true;
     end if;
     if v_digests is not null and (
@@ -517,16 +524,19 @@ begin
     if v_type = 'transaction_initiated' then
       p_chain.spent_usd := p_chain.spent_usd + v_amount;
     end if;
-    p_chain.usual_amount := kakunin_private.learned(p_chain.usual_amount, v_log);
+    v_off := kakunin_private.off(p_chain.usual_amount, v_log);
+    p_chain.usual_amount := kakunin_private.learned(p_chain.usual_amount, v_off);
   end if;
   if v_rows > 0 then
     v_log_rows := ln(v_rows)::double precision;
     if v_type = 'data_mutation' then  -- rows written are not of the size of those read
       v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.usual_written);
-      p_chain.usual_written := kakunin_private.learned(p_chain.usual_written, v_log_rows);
+      v_off := kakunin_private.off(p_chain.usual_written, v_log_rows);
+      p_chain.usual_written := kakunin_private.learned(p_chain.usual_written, v_off);
     else
       v_part := v_set.rows_weight * kakunin_private.beyond(v_log_rows, p_chain.usual_read);
-      p_chain.usual_read := kakunin_private.learned(p_chain.usual_read, v_log_rows);
+      v_off := kakunin_private.off(p_chain.usual_read, v_log_rows);
+      p_chain.usual_read := kakunin_private.learned(p_chain.usual_read, v_off);
     end if;
     if p_chain.expected is not null and v_part >= 0.01 then
       v_factors := v_factors || jsonb_build_object('rows', round(v_part::numeric, 3));
