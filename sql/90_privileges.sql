@@ -58,6 +58,7 @@ grant execute on function
   kakunin.import_events(uuid, jsonb)
   to kakunin_operator;
 grant execute on function kakunin.settle_risk() to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.risk_window() to kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;  -- a view calls it
 grant select on kakunin.risk_by_hour, kakunin.risk_by_day, kakunin.risk_contributions to
   kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;
 grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;

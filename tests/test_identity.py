@@ -947,6 +947,7 @@ MAY_CALL = {
     "require_spend(numeric,text,text,numeric,boolean)": {"agent", "gateway"},
     "require_risk_below(text,boolean)": {"agent", "gateway"},
     "agent_risk(uuid)": {"operator", "auditor"},
+    "risk_window()": {"agent", "gateway", "operator", "auditor"},
     "set_risk(jsonb)": {"operator"},
     "set_agent_risk(uuid,text,boolean,double precision)": {"operator"},
     "review_risk(bigint,text)": {"operator"},
