@@ -698,6 +698,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select chain, head from kakunin.chains", []),
             ("select kakunin.current_agent_id()", []),
             ("select kakunin.agent_risk(%s)", [agent.agent_id]),
+            ("select pg_catalog.jsonb_typeof(kakunin.webhook_status())", []),
             ("select kakunin.inclusion_proof(1)", []),
             ("select kakunin.inclusion_proof(1, %s)", [size]),
             ("select kakunin.inclusion_proof(null)", []),

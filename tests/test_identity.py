@@ -975,7 +975,7 @@ MAY_CALL = {
     "claim_webhooks(interval)": {"worker"},
     "report_webhook(text,uuid,integer,integer,text)": {"worker"},
     "clean_webhooks()": {"worker"},
-    "webhook_status()": {"worker", "operator"},
+    "webhook_status()": {"worker", "operator", "auditor"},
     "add_webhook(uuid,text,text[],bytea)": {"operator"},
     "enable_webhook(uuid,boolean)": {"operator"},
     "remove_webhook(uuid)": {"operator"},

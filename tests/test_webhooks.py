@@ -1005,7 +1005,7 @@ def test_what_is_old_and_done_is_deleted(hooks: Database, receiver: Receiver) ->
     assert hooks.value("worker", "select kakunin.clean_webhooks()") == 1
     assert hooks.value("postgres", "select count(*) from kakunin_private.webhook_messages") == 0
     assert hooks.value("worker", "select kakunin.webhook_status()") == {
-        "endpoints": 2, "pending": 0, "dead": 0, "oldest_pending_seconds": 0
+        "endpoints": 2, "disabled": 0, "pending": 0, "dead": 0, "oldest_pending_seconds": 0
     }  # fmt: skip
 
 
