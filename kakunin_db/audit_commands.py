@@ -45,6 +45,7 @@ def _connected(
     with psycopg.connect(
         options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
     ) as connection:
+        connection.execute("set jit = off")  # compiling takes longer than what is read here
         connection.execute("select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})])
         yield connection
 

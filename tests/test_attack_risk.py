@@ -288,6 +288,36 @@ def test_g7_every_certificate_of_the_agent_stops_and_is_revoked(kit: Database, a
             kit.ticket(who, "agent_1")
 
 
+def test_g8_a_flood_grows_nothing_and_shuts_out_nobody(kit: Database, agent: Agent) -> None:
+    """Of names nobody knows, in one transaction: its state stays of a size, and it is high and not revoked.
+    Another agent, whose names are the same, is as it was."""
+    history(agent)
+    flood = (
+        "select kakunin.audit_log_append('type_' || i, jsonb_build_object('tool', 't' || i, 'venue', 'XLON',"
+        " 'table', 'x' || i, 'rows', i, 'amount_usd', 1)) from generate_series(1, 800) i"
+    )
+    with session(agent) as connection:
+        connection.execute(flood)
+        result = append(connection, "api_call")
+        assert (result["agent_band"], result["agent_score"]) == ("high", 0.82)
+        connection.commit()
+    settle(kit)
+    assert status(agent) == "active"
+    sizes = (
+        "select (select count(*) from kakunin_private.risk_known k where k.agent_id = c.agent_id),"
+        " (select count(*) from jsonb_object_keys(c.counts)), octet_length(c.counts::text),"
+        " (select count(*) from kakunin_private.risk_reviews r where r.agent_id = c.agent_id)"
+        " from kakunin_private.chains c where c.agent_id = %s"
+    )
+    [(known, types, size, reviews)] = kit.run("postgres", sizes, [agent.agent_id])
+    assert known <= 256 + 3
+    assert types <= 7
+    assert size < 2000
+    assert reviews == 1
+    with session(kit.agent("other")) as connection:
+        assert append(connection, "api_call", tool="t1")["agent_score"] == 0
+
+
 def test_limit_what_is_rolled_back_is_not_scored(kit: Database, agent: Agent) -> None:
     """An agent reads what an event would do and takes it back. What it attempted is for others to record."""
     with session(agent) as connection:
