@@ -1653,6 +1653,50 @@ def test_what_was_spent_is_kept_for_days_and_not_for_ever(kit: Kit) -> None:
     assert one(kit.installer, days, both) == 0
 
 
+def test_changes_of_a_table_are_scored_where_a_trigger_says_them(kit: Kit) -> None:
+    """What audit => true records is not scored; what the table's owner has an agent's statement say is."""
+    agent = kit.agent()
+    with kit.database.connect("app", autocommit=True) as app:
+        app.execute("create table changed (permitted_agent_serial text, x integer)")
+        app.execute("create index on changed (permitted_agent_serial)")
+        app.execute("select kakunin.protect('changed', audit => true)")
+        app.execute("grant insert on changed to kakunin_gateway")
+        try:
+            insert = "insert into changed select %s, i from generate_series(1, 7) i"
+            for scored in (False, True):
+                with kit.bound(agent) as session:
+                    session.execute(insert, [agent.serial])
+                kinds = kit.types(agent)
+                assert ("data_mutation" in kinds) is scored
+                assert kinds.count("table.insert") == 1 + scored
+                app.execute(
+                    "create or replace function say_changed() returns trigger language plpgsql as $$begin"
+                    " perform kakunin.audit_log_append('data_mutation',"
+                    " jsonb_build_object('table', tg_table_name, 'rows', (select count(*) from rows_now)));"
+                    " return null; end$$"
+                )
+                app.execute(
+                    "create or replace trigger say after insert on changed referencing new table as rows_now"
+                    " for each statement execute function say_changed()"
+                )
+        finally:
+            app.execute("drop table changed; drop function say_changed()")
+    assert kit.profile(agent)["by_event_type"] == {"data_mutation": {"events": 1, "contribution": None}}
+
+
+def test_a_policy_that_passes_no_venue_refuses_whom_a_scope_limits_to_some(kit: Kit) -> None:
+    limited, free = kit.agent(financial_scope=SCOPE), kit.agent(financial_scope={"max_daily_usd": 10})
+    for call, missing in (
+        ("1", "no venue is given"),
+        ("1, 'XLON'", "no instrument is given"),
+        ("1, null, 'GILT'", "no venue is given"),
+    ):
+        assert kit.call(free, f"select kakunin.require_spend({call})") is True
+        with refused("KA009", match=missing):
+            kit.call(limited, f"select kakunin.require_spend({call})")
+    assert kit.call(limited, "select kakunin.require_spend(1, 'XLON', 'GILT')") is True
+
+
 def test_a_risk_policy_that_observes(kit: Kit) -> None:
     agent = kit.agent()
     kit.event(agent, ATTEMPT)
