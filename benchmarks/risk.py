@@ -80,6 +80,7 @@ begin
   v_bound.risk_exempt := false;
   v_bound.risk_factor := 1;
   v_bound.risk_epoch := 0;
+  insert into kakunin_private.agents (agent_id, name) values (p_agent_id, 'agent');
   v_scored.chain := (kakunin_private.take_chain(p_agent_id)).chain;
   for v_event in select * from benchmark.events e where e.agent_id = p_agent_id order by e.number loop
     perform set_config('benchmark.clock', v_event.at::text, true);
@@ -95,6 +96,8 @@ begin
       exit when v_event.number >= p_attack;
       delete from kakunin_private.risk_stops r where r.agent_id = p_agent_id;
       v_bound.risk_epoch := v_bound.risk_epoch + 1;
+      v_scored.chain.drift := 0;
+      update kakunin_private.agents a set reinstated_at = v_event.at where a.agent_id = p_agent_id;
     end if;
   end loop;
   return v_count;

@@ -45,6 +45,7 @@ def _connected(
     with psycopg.connect(
         options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
     ) as connection:
+        connection.execute("set jit = off")  # compiling takes longer than what is read here
         connection.execute("select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})])
         yield connection
 
@@ -386,11 +387,17 @@ def guard_sql(options: argparse.Namespace) -> int:
 
 # The worker -------------------------------------------------------------------------------------------
 
+# Seconds: after the second of the attempts that come soon, and before the waiting is of hours.
+_LATE_WEBHOOK = 3600
+
 
 def health(options: argparse.Namespace) -> int:
     """Exit status 1 where somebody should look."""
+    from .webhook_commands import status as webhook_status  # noqa: PLC0415
+
     with _client(options) as kakunin:
         status = kakunin.ledger.status()
+    webhooks = webhook_status(options)
     now = dt.datetime.now(dt.timezone.utc)
     soon = now + dt.timedelta(days=14)
     wrong = []
@@ -410,9 +417,10 @@ def health(options: argparse.Namespace) -> int:
         wrong.append("partitions are not made ahead: select kakunin.make_partitions()")
     if status.in_default_partition:
         wrong.append("entries are in the default partition: none was made for their month in time")
+    wrong += _undelivered(webhooks)
     _answer(
         options,
-        {"healthy": not wrong, "problems": wrong, "status": status},
+        {"healthy": not wrong, "problems": wrong, "status": status, "webhooks": webhooks},
         [
             ("healthy", "no" if wrong else "yes"),
             ("problem", wrong),
@@ -423,9 +431,31 @@ def health(options: argparse.Namespace) -> int:
             ("leader", status.leader),
             ("exported", status.exported_size),
             ("partitions", status.partitions_until),
+            ("webhooks", f"{webhooks['pending']} to send, {webhooks['dead']} dead"),
         ],
     )
     return 1 if wrong else 0
+
+
+def _undelivered(webhooks: dict[str, Any]) -> list[str]:
+    """What of kakunin.webhook_status() somebody should look at."""
+    wrong = []
+    if webhooks["dead"]:
+        wrong.append(
+            f"{webhooks['dead']} webhook deliveries were given up:"
+            " kakunin-db webhooks deliveries --state dead, and replay"
+        )
+    if webhooks["oldest_pending_seconds"] > _LATE_WEBHOOK:
+        wrong.append(
+            f"{webhooks['pending']} webhook deliveries wait, the oldest for"
+            f" {webhooks['oldest_pending_seconds']:.0f} s: does its receiver answer, has the worker its key?"
+        )
+    if webhooks["disabled"]:
+        wrong.append(
+            f"{webhooks['disabled']} webhook endpoints are disabled and told nothing:"
+            " kakunin-db webhooks enable, or remove"
+        )
+    return wrong
 
 
 @contextlib.contextmanager

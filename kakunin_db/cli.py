@@ -516,7 +516,7 @@ def _worker_commands(groups: Any) -> None:
         groups,
         "health",
         audit_commands.health,
-        "say how far sealing and signing are; exit status 1 where somebody should look",
+        "say how far sealing, signing and webhooks are; exit status 1 where somebody should look",
         role="kakunin_auditor",
     )
     command.add_argument(

@@ -102,6 +102,13 @@ def rotate(options: argparse.Namespace) -> int:
     return 0
 
 
+def status(options: argparse.Namespace) -> dict[str, Any]:
+    """What kakunin.webhook_status() says. For ``health``, which is not an operator's alone."""
+    with _connect(options) as connection:
+        found: dict[str, Any] = _value(connection, "select kakunin.webhook_status()")
+    return found
+
+
 def listing(options: argparse.Namespace) -> int:
     with _connect(options) as connection:
         rows = connection.execute(

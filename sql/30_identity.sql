@@ -54,6 +54,7 @@ create table kakunin_private.agents (
   risk_exempt      boolean not null default false,
   risk_factor      double precision not null default 1 check (risk_factor between 0.1 and 10),
   risk_epoch       integer not null default 0,
+  reinstated_at    timestamptz,
   check ((suspended_at is null) = (suspended_reason is null)),
   check (model is not null or model_hash is null)
 );
@@ -61,6 +62,7 @@ comment on table kakunin_private.agents is 'One row an agent. Suspension stops a
 comment on column kakunin_private.agents.risk_exempt is 'Scored, but nothing follows from it';
 comment on column kakunin_private.agents.risk_factor is 'What its excess is multiplied by: above 1 it is judged more severely';
 comment on column kakunin_private.agents.risk_epoch is 'Counts reinstatements: what was scored before the last one is not held against it';
+comment on column kakunin_private.agents.reinstated_at is 'The last one: drift is of what came after it';
 comment on column kakunin_private.agents.model_hash is
   'What the agent is to run, as compute_model_hash() gives it; a certificate for another is not registered';
 
@@ -135,6 +137,8 @@ comment on table kakunin_private.risk_stops is
 -- retired session key also leaves a name there, and is asked for it in such transactions only. The name is a
 -- domain's, because making one takes no lock that an agent's own DDL could hold against a revocation. The longest
 -- is that of a serial with 'end ' before it: 63 bytes, and no name may be longer.
+-- A reinstatement takes the suspension's name away, and leaves one that carries its number: what a snapshot from before
+-- it shows of the agent's risk is of the epoch before, and counted by nobody.
 create function kakunin_private.stop(p_name text) returns void
 language plpgsql volatile parallel unsafe
 as $$
@@ -145,7 +149,7 @@ begin
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id), a stop by risk (risk and the agent id) or a retired session key (key and its id)';
+  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id), a stop by risk (risk and the agent id), a reinstatement (epoch, the agent id and its number), a retired session key (key and its id) or that risk is observed alone (risk observed)';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
@@ -171,6 +175,16 @@ end
 $$;
 comment on function kakunin_private.check_snapshot_is_fresh(text) is 'KA010 where what is committed may differ from what this transaction sees';
 
+create function kakunin_private.is_reinstated_since(p_agent_id uuid) returns boolean
+language sql stable parallel safe
+begin atomic
+  select exists (
+    select from kakunin_private.agents a
+     where a.agent_id = p_agent_id and kakunin_private.is_stopped('epoch ' || p_agent_id || ' ' || a.risk_epoch + 1));
+end;
+comment on function kakunin_private.is_reinstated_since(uuid) is
+  'Whether the agent was reinstated after this transaction took its snapshot';
+
 -- The one definition of "this certificate may be used now"; bind and every statement's check share it.
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
 -- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
@@ -182,11 +196,12 @@ begin
   -- First the one that settle() replaces by the others: between two looks it may do so.
   return kakunin_private.is_stopped('risk ' || p_agent_id)
     or kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
-    or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
+    or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial))
+    or kakunin_private.is_reinstated_since(p_agent_id);
 end
 $$;
 comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
-  'Whether certificate or agent was stopped after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
+  'Whether certificate or agent was stopped, or the agent reinstated, after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
 
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
@@ -237,6 +252,10 @@ begin
       message = format('agent %s is suspended: %s', v_agent.agent_id,
         coalesce(v_agent.suspended_reason, 'after this transaction took its snapshot')),
       hint = 'After review, an operator lifts it with kakunin.reinstate_agent().';
+  elsif not kakunin_private.snapshot_is_fresh() and kakunin_private.is_reinstated_since(v_agent.agent_id) then
+    raise exception using errcode = 'KA008',
+      message = format('agent %s was reinstated after this transaction took its snapshot', v_agent.agent_id),
+      hint = 'Begin another transaction.';
   end if;
 end
 $$;

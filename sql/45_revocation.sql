@@ -119,20 +119,28 @@ comment on function kakunin.suspend_agent(uuid, text) is
 create function kakunin.reinstate_agent(agent_id uuid) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_epoch integer;
 begin
   perform kakunin_private.lock_agent(reinstate_agent.agent_id);
   -- What its score stopped is revoked first: that is final, and a reinstated agent needs another certificate.
   perform kakunin_private.settle(reinstate_agent.agent_id);
   update kakunin_private.agents a
-     set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1
-   where a.agent_id = reinstate_agent.agent_id;
+     set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1, reinstated_at = kakunin_private.clock()
+   where a.agent_id = reinstate_agent.agent_id
+  returning a.risk_epoch into v_epoch;
+  -- Drift is not of one epoch. A chain that a transaction of the agent's holds keeps its own: nobody waits for that.
+  update kakunin_private.chains c set drift = 0
+   where c.drift > 0
+     and c.chain_id = any (array(select h.chain_id from kakunin_private.chains h where h.agent_id = reinstate_agent.agent_id for update skip locked));
+  perform kakunin_private.stop('epoch ' || reinstate_agent.agent_id || ' ' || v_epoch);
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
   perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
-  'Lifts a suspension and begins the agent''s risk score anew. Revoked certificates stay revoked. For kakunin_operator';
+  'Lifts a suspension and begins the agent''s risk score anew, drift included. Revoked certificates stay revoked, and transactions that keep a snapshot of before serve the agent no more. For kakunin_operator';
 
 create function kakunin.distrust_ca(key_id text, reason text default 'unspecified') returns text[]
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp

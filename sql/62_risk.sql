@@ -224,13 +224,17 @@ comment on function kakunin_private.violations(jsonb, numeric, numeric, text, te
 -- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
 -- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
 -- bits), by how far the mean logarithm of amounts has moved (in standard deviations) and by events a day. Each has a
--- dead zone that sampling, a weekly rhythm and healthy growth stay within. In the mix each hour counts with the square root
+-- dead zone that sampling, a weekly rhythm and healthy growth stay within. What came before the agent was last reinstated has been
+-- looked at: of the 7 days those since then count. In the mix each hour counts with the square root
 -- of its events, so that one burst of the same call is not a change of habits, and what sampling does to it goes
 -- with the hours there are, not the events: those of an hour come together.
 create function kakunin_private.risk_drift(p_agent_id uuid, p_at timestamptz, out drift double precision, out factors jsonb)
 language sql stable parallel safe
 begin atomic
-  with buckets as (
+  with window_of as (
+    select greatest(p_at - interval '168 hours', max(a.reinstated_at)) as recent
+      from kakunin_private.agents a where a.agent_id = p_agent_id
+  ), buckets as (
     select h.event_type, h.hour, sum(h.events)::double precision as events, sum(h.amounts)::double precision as amounts,
            sum(h.log_sum) as log_sum, sum(h.log_square) as log_square
       from kakunin_private.risk_hours h
@@ -240,9 +244,9 @@ begin atomic
     select s.since, case when s.since <= p_at - interval '1008 hours' then p_at - interval '672 hours' else p_at - interval '168 hours' end as until
       from (select min(b.hour) as since from buckets b) s
   ), hours as (
-    select b.*, b.hour >= p_at - interval '168 hours' as recent
-      from buckets b, span s
-     where b.hour >= p_at - interval '168 hours' or b.hour < s.until
+    select b.*, b.hour >= w.recent as recent
+      from buckets b, span s, window_of w
+     where b.hour >= w.recent or b.hour < s.until
   ), types as (
     select t.event_type,
            t.recent / nullif(sum(t.recent) over (), 0) as p, t.before / nullif(sum(t.before) over (), 0) as q
@@ -266,8 +270,8 @@ begin atomic
     select t.recent >= 50 and t.before >= 200 as enough, m.distance, t.hours, t.amounts,
            case when t.amounts >= 30
              then (t.mean_recent - t.mean_before) / greatest(sqrt(greatest(t.square_before - t.mean_before ^ 2, 0)), 0.25) end as shift,
-           (t.recent / 7) / nullif(t.before / greatest(extract(epoch from s.until - s.since)::double precision / 86400, 1), 0) as growth
-      from totals t, mix m, span s
+           t.recent / greatest(extract(epoch from p_at - w.recent)::double precision / 86400, 1) / nullif(t.before / greatest(extract(epoch from s.until - s.since)::double precision / 86400, 1), 0) as growth
+      from totals t, mix m, span s, window_of w
   ), shares as (
     select p.enough, p.distance, p.shift, p.growth,
            least(greatest((coalesce(p.distance, 0) - 0.05 - 1 / sqrt(greatest(p.hours, 1))) / 0.15, 0), 1) as mix,
@@ -795,7 +799,8 @@ create table kakunin_private.spending (
   amount_usd numeric not null,
   primary key (agent_id, day)
 );
-comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC)';
+create index spending_day on kakunin_private.spending (day);
+comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC). Kept for a few days';
 
 create function kakunin_private.refused(
   p_observe boolean, p_agent_id uuid, p_serial text, p_code text, p_message text, p_hint text
@@ -803,7 +808,9 @@ create function kakunin_private.refused(
 language plpgsql volatile parallel unsafe
 as $$
 begin
-  if p_observe or (select s.mode = 'observe' from kakunin_private.risk_settings s) then
+  -- A snapshot may be older than the end of observing, and be handed to ever new transactions: there its name decides.
+  if p_observe or ((select s.mode = 'observe' from kakunin_private.risk_settings s)
+    and (kakunin_private.snapshot_is_fresh() or kakunin_private.is_stopped('risk observed'))) then
     raise warning using message = 'observed, and would be refused: ' || p_message;
     -- In a chain of the agent's: as a decision, each of its transactions above READ COMMITTED would begin another chain of those.
     perform kakunin_private.append(
@@ -880,12 +887,17 @@ begin
     return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
+  elsif not kakunin_private.snapshot_is_fresh() then
+    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA010',
+      format('what risk forbids is for READ COMMITTED transactions: this one (%s) has a snapshot, and shows the score of then',
+        current_setting('transaction_isolation')),
+      'Write in a READ COMMITTED transaction.');
   end if;
   return true;
 end
 $$;
 comment on function kakunin.require_risk_below(text, boolean) is
-  'True while the bound agent''s band is below this one; otherwise KA011. For policies: (select kakunin.require_risk_below(''high'')) makes a table read-only; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
+  'True while the bound agent''s band is below this one; otherwise KA011, and KA010 above READ COMMITTED, where the band is that of the snapshot. For policies: (select kakunin.require_risk_below(''high'')) makes a table read-only; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
 
 -- Operators ------------------------------------------------------------------------------------------
 
@@ -928,6 +940,11 @@ begin
       raise exception using errcode = 'KA010', message = format('a setting of risk is not what it must be: %s', sqlerrm),
         hint = 'Thresholds rise from medium to critical, weights are 0 to 0.99, half_life is an hour to 30 days.';
   end;
+  if v_after.mode = 'observe' then
+    perform kakunin_private.stop('risk observed');
+  else
+    drop domain if exists kakunin_private."risk observed";
+  end if;
   perform kakunin_private.record('settings.changed', null, jsonb_build_object('risk', settings));
   return to_jsonb(v_after) - 'only_row';
 end
@@ -993,23 +1010,25 @@ declare
   v_agent   record;
 begin
   perform kakunin_private.check_snapshot_is_fresh('settling risk');
-  -- Those that are stopped, and what the transactions of an agent added side by side. Nothing is put into risk_stops: an
-  -- agent's open transaction may have its row there, and whoever adds another one waits for it.
+  -- Those that are stopped, and what the transactions of an agent added side by side, or in a snapshot in which nothing followed
+  -- from it: it was exempt, or all was observed. Nothing is put into risk_stops: an agent's open transaction may have its
+  -- row there, and whoever adds another one waits for it.
   for v_agent in
     select distinct r.agent_id, null::double precision as score from kakunin_private.risk_stops r
     union all
     select m.agent_id, r.score
       from (select c.agent_id
-              from kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
+              from kakunin_private.risk_settings s, kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
              where c.hard + c.soft > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
                and not exists (select from kakunin_private.risk_stops t where t.agent_id = c.agent_id)
-             group by c.agent_id having count(*) > 1) m,
+             group by c.agent_id
+            having count(*) > 1 or sum(c.hard) * max(a.risk_factor) >= -ln(1 - max(s.critical))) m,
            lateral kakunin_private.risk_of(m.agent_id) r
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
      order by agent_id
   loop
     if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
-      then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
+      then format('risk score %s, of all its transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
       if v_agent.score is not null then
         perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
@@ -1018,6 +1037,8 @@ begin
   end loop;
   delete from kakunin_private.risk_hours h
    where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < kakunin_private.clock() - interval '60 days' order by o.hour limit 1000 for update skip locked));
+  delete from kakunin_private.spending p
+   where p.ctid = any (array(select o.ctid from kakunin_private.spending o where o.day < kakunin_private.clock() - interval '3 days' order by o.day limit 1000 for update skip locked));
   return v_settled;
 end
 $$;
@@ -1119,14 +1140,18 @@ create view kakunin_private.risk_buckets as
     from kakunin_private.chains c, jsonb_each(c.counts) e;
 comment on view kakunin_private.risk_buckets is 'What each agent did by hour, the present one included';
 
+-- Two branches, as in kakunin.audit_log: an agent reads its own hours by the index.
 create view kakunin.risk_by_hour with (security_barrier = true) as
   select b.agent_id, b.hour, b.event_type, sum(b.events)::bigint as events, sum(b.late)::bigint as late,
          sum(b.events) filter (where b.imported)::bigint as imported, sum(b.amount_usd) as amount_usd, sum(b.excess) as excess,
          sum(sum(b.events)) over (partition by b.agent_id, b.event_type order by b.hour
            range between '30 days' preceding and current row)::bigint as events_30_days
-    from kakunin_private.risk_buckets b
-   where (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
-      or b.agent_id = (select kakunin.current_agent_id())
+    from (select r.* from kakunin_private.risk_buckets r
+           where (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
+          union all
+          select r.* from kakunin_private.risk_buckets r
+           where not (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
+             and r.agent_id = (select kakunin.current_agent_id())) b
    group by b.agent_id, b.hour, b.event_type;
 comment on view kakunin.risk_by_hour is
   'Events and excess by hour and type, with the rolling 30 days: the bound agent''s own, or all for operators and auditors. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
@@ -1144,11 +1169,22 @@ create view kakunin.risk_by_day with (security_barrier = true) as
 comment on view kakunin.risk_by_day is
   'The same by day, with means of 7 and 30 days and the change from the day before. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
 
+-- A view's functions are its reader's to call, and the clock is the private schema's.
+create function kakunin.risk_window() returns timestamptz
+language plpgsql stable parallel safe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return kakunin_private.clock() - interval '720 hours';
+end
+$$;
+comment on function kakunin.risk_window() is
+  'Where the 30 days of risk_contributions begin. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
+
 create view kakunin.risk_contributions with (security_barrier = true) as
   select h.agent_id, h.event_type, sum(h.events)::bigint as events, sum(h.excess) as excess,
          sum(h.excess) / nullif(sum(sum(h.excess)) over (partition by h.agent_id), 0) as contribution
     from kakunin.risk_by_hour h
-   where h.hour >= now() - interval '30 days'
+   where h.hour >= (select kakunin.risk_window())
    group by h.agent_id, h.event_type;
 comment on view kakunin.risk_contributions is
   'What each event type contributed in the last 30 days. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';

@@ -714,10 +714,13 @@ begin
   return query
     select n.index, n.leaf_hash, n.event_id, l.recorded_at, l.agent_id, l.entry,
            l.entry is null and exists (select from kakunin_private.partitions p where p.archived @> n.index)
-      from (select b.first_index + i - 1 as index, substr(b.leaf_hashes, ((i - 1) * 32 + 1)::integer, 32) as leaf_hash, b.event_ids[i] as event_id
+      from (select b.first_index + s.first + e.at - 2 as index,
+                   substr(b.leaf_hashes, ((s.first + e.at - 2) * 32 + 1)::integer, 32) as leaf_hash, e.event_id
               from kakunin_private.batches b,
-                   generate_series(greatest(ledger_leaves.first_index - b.first_index, 0) + 1,
-                                   least(ledger_leaves.first_index + max_entries, b.tree_size) - b.first_index) i
+                   lateral (select (greatest(ledger_leaves.first_index - b.first_index, 0) + 1)::integer as first,
+                                   (least(ledger_leaves.first_index + max_entries, b.tree_size) - b.first_index)::integer as last) s,
+                   -- A slice: each element by itself would have the whole array read anew.
+                   lateral unnest(b.event_ids[s.first:s.last]) with ordinality e(event_id, at)
              where b.tree_size > ledger_leaves.first_index and b.first_index < ledger_leaves.first_index + max_entries) n
       left join kakunin_private.ledger l on l.event_id = n.event_id
      order by n.index, l.recorded_at;

@@ -285,6 +285,7 @@ begin
   return (
     select jsonb_build_object(
              'endpoints', count(*),
+             'disabled', (select count(*) from kakunin_private.webhook_endpoints e where e.disabled_at is not null),
              'pending', coalesce(sum(p.pending), 0),
              'dead', coalesce(sum(d.dead), 0),
              'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(p.oldest)), 0))
@@ -297,7 +298,7 @@ begin
 end
 $$;
 comment on function kakunin.webhook_status() is
-  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator';
+  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds; and how many are disabled. For kakunin_worker, kakunin_operator, kakunin_auditor';
 
 -- Endpoints ------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ grant execute on function
   kakunin.import_events(uuid, jsonb)
   to kakunin_operator;
 grant execute on function kakunin.settle_risk() to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.risk_window() to kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;  -- a view calls it
 grant select on kakunin.risk_by_hour, kakunin.risk_by_day, kakunin.risk_contributions to
   kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;
 grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;
@@ -78,7 +79,7 @@ grant execute on function
   kakunin.expire_certificates(integer), kakunin.claim_webhooks(interval),
   kakunin.report_webhook(text, uuid, integer, integer, text), kakunin.clean_webhooks()
   to kakunin_worker;
-grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
 grant execute on function
   kakunin.add_webhook(uuid, text, text[], bytea), kakunin.enable_webhook(uuid, boolean), kakunin.remove_webhook(uuid),
   kakunin.rotate_webhook(uuid, bytea, interval), kakunin.test_webhook(uuid), kakunin.replay_webhooks(text, uuid)

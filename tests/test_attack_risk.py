@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -285,6 +286,36 @@ def test_g7_every_certificate_of_the_agent_stops_and_is_revoked(kit: Database, a
     for who in (agent, renewed, third):
         with refused("KA002"):
             kit.ticket(who, "agent_1")
+
+
+def test_g8_a_flood_grows_nothing_and_shuts_out_nobody(kit: Database, agent: Agent) -> None:
+    """Of names nobody knows, in one transaction: its state stays of a size, and it is high and not revoked.
+    Another agent, whose names are the same, is as it was."""
+    history(agent)
+    flood = (
+        "select kakunin.audit_log_append('type_' || i, jsonb_build_object('tool', 't' || i, 'venue', 'XLON',"
+        " 'table', 'x' || i, 'rows', i, 'amount_usd', 1)) from generate_series(1, 800) i"
+    )
+    with session(agent) as connection:
+        connection.execute(flood)
+        result = append(connection, "api_call")
+        assert (result["agent_band"], result["agent_score"]) == ("high", 0.82)
+        connection.commit()
+    settle(kit)
+    assert status(agent) == "active"
+    sizes = (
+        "select (select count(*) from kakunin_private.risk_known k where k.agent_id = c.agent_id),"
+        " (select count(*) from jsonb_object_keys(c.counts)), octet_length(c.counts::text),"
+        " (select count(*) from kakunin_private.risk_reviews r where r.agent_id = c.agent_id)"
+        " from kakunin_private.chains c where c.agent_id = %s"
+    )
+    [(known, types, size, reviews)] = kit.run("postgres", sizes, [agent.agent_id])
+    assert known <= 256 + 3
+    assert types <= 7
+    assert size < 2000
+    assert reviews == 1
+    with session(kit.agent("other")) as connection:
+        assert append(connection, "api_call", tool="t1")["agent_score"] == 0
 
 
 def test_limit_what_is_rolled_back_is_not_scored(kit: Database, agent: Agent) -> None:
@@ -821,24 +852,102 @@ def test_g8_read_only_from_the_next_statement_on(tables: Database, agent: Agent)
         assert one(connection, "select count(*) from agent_notes") == 21
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a snapshot from before shows the score of before, and any agent can export one"
-)
-def test_g8_a_snapshot_of_before_writes_no_more(tables: Database, agent: Agent) -> None:
+def export(connection: Connection) -> str:
+    connection.execute("set transaction isolation level repeatable read")
+    return str(one(connection, "select pg_export_snapshot()"))
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_g8_a_snapshot_of_before_writes_no_more(tables: Database, agent: Agent, level: str) -> None:
     """What was high since a snapshot was taken is not seen in it, and an exported one is handed to ever new
-    transactions, for as long as the exporting one stays open. From critical on the stop's name is seen;
-    below there is none, because making one would let an agent's transactions wait for each other."""
-    with tables.connect("agent_1") as exporter:
-        exporter.execute("set transaction isolation level repeatable read")
-        snapshot = one(exporter, "select pg_export_snapshot()")
+    transactions. Reading goes on."""
+    with tables.connect("agent_1") as exporter, session(agent, level) as kept:
+        snapshot = export(exporter)
+        kept.execute("savepoint s")
+        with refused("KA010"):  # nothing has happened yet, which no snapshot can know
+            kept.execute(NOTE)
+        kept.execute("rollback to s")
         attempts(agent, 2)
-        ticket = tables.ticket(agent, "agent_1")
-        with tables.connect("agent_1") as connection:
-            connection.execute("set transaction isolation level repeatable read")
-            connection.execute(f"set transaction snapshot '{snapshot}'")
-            connection.execute("select kakunin.bind_session(%s)", [ticket])
-            with refused("KA011", "40001", "KA010"):
-                connection.execute(NOTE)
+        with in_snapshot(agent, snapshot) as connection:
+            for each in (connection, kept):
+                assert one(each, "select count(*) from agent_notes") == 0
+                with refused("KA010"):
+                    each.execute(NOTE)
+    with session(agent, level) as connection, refused("KA011"):
+        connection.execute(NOTE)
+
+
+def test_g8_a_statement_that_began_before_writes_no_more(tables: Database, agent: Agent) -> None:
+    """The score is that of the moment it is asked for, which is when the first row is about to be written."""
+    with session(agent) as connection, tables.connect("postgres", autocommit=True) as looker:
+        failed: list[psycopg.Error] = []
+
+        def write() -> None:
+            try:
+                connection.execute(
+                    "insert into agent_notes (content) select 'x' from (select pg_sleep(2) offset 0) s"
+                )
+            except psycopg.Error as error:
+                failed.append(error)
+
+        began = threading.Thread(target=write)
+        began.start()
+        while one(looker, "select count(*) from pg_stat_activity where wait_event = 'PgSleep'") == 0:
+            pass
+        attempts(agent, 2)
+        assert began.is_alive()
+        began.join()
+        assert [error.sqlstate for error in failed] == ["KA011"]
+
+
+def test_g8_a_snapshot_of_when_it_was_observed_permits_nothing(tables: Database) -> None:
+    """Until then its transactions go on, whatever they keep: nothing is to fail by what only observes."""
+    agent = tables.agent(financial_scope={"max_single_trade_usd": 1000})  # a day's limit has a row to lock
+    trade = "insert into agent_trades (amount_usd, venue) values (5000, 'XLON')"
+    tables.run("operator", 'select kakunin.set_risk(\'{"mode": "observe"}\')')
+    try:
+        with tables.connect("agent_1") as exporter:
+            snapshot = export(exporter)
+            for _ in range(2):
+                with in_snapshot(agent, snapshot) as connection:
+                    connection.execute(trade)
+                    connection.execute(NOTE)
+                    connection.commit()
+            tables.run("operator", 'select kakunin.set_risk(\'{"mode": "enforce"}\')')
+            for query, state in ((trade, "KA009"), (NOTE, "KA010")):
+                with in_snapshot(agent, snapshot) as connection, refused(state):
+                    connection.execute(query)
+    finally:
+        tables.run("operator", 'select kakunin.set_risk(\'{"mode": "enforce"}\')')
+    observed = (
+        "select metadata ->> 'code' from kakunin.audit_log"
+        " where event_type = 'policy.observed' and agent_id = %s order by event_id"
+    )
+    codes = [row[0] for row in tables.run("auditor", observed, [agent.agent_id])]
+    assert codes == ["KA009", "KA010"] * 2
+
+
+@pytest.mark.parametrize("how", ["exempt", "observed"])
+def test_g7_a_snapshot_in_which_nothing_followed_is_settled(kit: Database, agent: Agent, how: str) -> None:
+    """One transaction with all its attempts, in the snapshot of when it was let do as it likes."""
+    change = {
+        "exempt": "select kakunin.set_agent_risk(%s, 'test', exempt => {})",
+        "observed": "select kakunin.set_risk(jsonb_build_object('mode', {})) where %s is not null",
+    }[how]
+    begin, end = ("true", "false") if how == "exempt" else ("'observe'", "'enforce'")
+    kit.run("operator", change.format(begin), [agent.agent_id])
+    try:
+        with kit.connect("agent_1") as exporter:
+            snapshot = export(exporter)
+            kit.run("operator", change.format(end), [agent.agent_id])
+            with in_snapshot(agent, snapshot) as connection:
+                for _ in range(4):
+                    assert append(connection).get("revoked", False) is False
+                connection.commit()
+    finally:
+        kit.run("operator", change.format(end), [agent.agent_id])
+    settle(kit)
+    assert status(agent) == "revoked"
 
 
 @contextlib.contextmanager
@@ -875,23 +984,61 @@ def test_g7_attempts_in_an_old_snapshot_are_settled(kit: Database, agent: Agent)
             append(holder, "api_call")
 
 
-@pytest.mark.xfail(strict=True, reason="scored in the epoch of the snapshot, which nobody counts any more")
-def test_g7_a_snapshot_from_before_a_reinstatement_hides_nothing(kit: Database, agent: Agent) -> None:
-    """risk_epoch is read with the snapshot. So what is appended in one from before a reinstatement belongs
-    to the epoch before it, whenever it happened. Counting by moment would close it: agents.risk_since,
-    set by reinstate_agent(), instead of risk_epoch, and the sums over the chains whose risk_at is later."""
-    with kit.connect("agent_1") as exporter:
-        exporter.execute("set transaction isolation level repeatable read")
-        snapshot = one(exporter, "select pg_export_snapshot()")
-        agent.suspend()
+@pytest.mark.parametrize("times", [1, 2])
+def test_g7_a_snapshot_from_before_a_reinstatement_serves_nobody(
+    kit: Database, agent: Agent, times: int
+) -> None:
+    """What is appended in one would be of the epoch before the reinstatement, which nobody counts."""
+    with kit.connect("agent_1") as exporter, session(agent, "repeatable read") as keeper:
+        snapshot = export(exporter)
+        assert one(keeper, SERIAL) == agent.serial
+        for _ in range(times):
+            agent.suspend()
+            kit.run("operator", "select kakunin.reinstate_agent(%s)", [agent.agent_id])
+        assert one(keeper, SERIAL) is None
+        with refused("KA008"):
+            append(keeper)
+        with refused("KA008"), in_snapshot(agent, snapshot):
+            pass
+        with kit.connect("gateway") as gateway:
+            gateway.execute("set transaction isolation level repeatable read")
+            gateway.execute(f"set transaction snapshot '{snapshot}'")
+            with refused("KA008"):
+                gateway.execute("select kakunin.bind_serial(%s)", [agent.serial])
+    with session(agent, "repeatable read") as connection:  # of now
+        assert append(connection)["agent_score"] < 0.6
+
+
+def test_g7_a_reinstated_agent_is_not_high_at_once_by_its_drift(
+    kit: Database, agent: Agent, clock: Callable[[str], None]
+) -> None:
+    """What it did was looked at. What it does from then on is compared as before."""
+    rows = (
+        "insert into kakunin_private.risk_hours (agent_id, hour, chain_id, event_type, events)"
+        " select %s, date_bin('1 hour', now(), 'epoch') - make_interval(hours => h), 0,"
+        " case when h between %s and %s then 'data_mutation' else 'api_call' end, 4"
+        " from generate_series(%s::integer, %s::integer) h"
+    )
+    kit.run("installer", rows, [agent.agent_id, 1, 168, 1, 1200])
+
+    def score() -> Any:
+        with kit.connect("gateway") as connection:
+            connection.execute("select kakunin.bind_serial(%s)", [agent.serial])
+            result = append(connection, "api_call")
+            connection.commit()
+        return result
+
+    assert score()["agent_band"] == "high"
+    with session(agent) as holder:  # the operator waits for nobody, and what is held keeps its drift
+        append(holder, "api_call")
         kit.run("operator", "select kakunin.reinstate_agent(%s)", [agent.agent_id])
-        with in_snapshot(agent, snapshot) as first, in_snapshot(agent, snapshot) as second:
-            for connection in (first, second):
-                append(connection)
-                append(connection)
-                connection.commit()
-    settle(kit)
-    assert status(agent) == "revoked"
+    kit.run("operator", "select kakunin.reinstate_agent(%s)", [agent.agent_id])
+    assert score()["agent_score"] == 0
+    risk = kit.value("operator", "select kakunin.agent_risk(%s)", [agent.agent_id])
+    assert (risk["band"], risk["drift"]) == ("low", "insufficient_data")
+    kit.run("installer", rows, [agent.agent_id, -72, 0, -48, -1])
+    clock("50 hours")
+    assert score()["agent_band"] == "high"
 
 
 def test_g7_prepared_the_stop_waits_for_nobody(kit: Database, agent: Agent) -> None:

@@ -127,6 +127,24 @@ def test_verifying_a_database(ledger: tuple[Database, Path], capsys: pytest.Capt
     assert "not signed yet" in err  # that it is being read, to begin with
 
 
+_ENDPOINT = (
+    "insert into kakunin_private.webhook_endpoints"
+    " (endpoint_id, url, event_types, secret, created_at, created_by, disabled_at)"
+    " values (gen_random_uuid(), 'https://hooks.example', '{agent.suspended}',"
+    " decode(repeat('00', 60), 'hex'), now(), user, DISABLED) returning endpoint_id"
+)
+_DELIVERY = (
+    f"with e as ({_ENDPOINT}) insert into kakunin_private.webhook_deliveries"
+    " (message_id, endpoint_id, urgent, state, created_at, next_attempt_at)"
+    " select 'm' || endpoint_id, endpoint_id, true, STATE, now() - interval '61 minutes', now() from e"
+).replace("DISABLED", "null")
+UNDELIVERED = [
+    (_ENDPOINT.replace("DISABLED", "now()"), "1 webhook endpoints are disabled and told nothing"),
+    (_DELIVERY.replace("STATE", "'dead'"), "1 webhook deliveries were given up"),
+    (_DELIVERY.replace("STATE", "'pending'"), "1 webhook deliveries wait, the oldest for 36"),
+]
+
+
 def test_a_key_is_made_and_the_health_of_a_ledger(
     cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -150,6 +168,13 @@ def test_a_key_is_made_and_the_health_of_a_ledger(
             until(signed(database), "the signature")
             code, out, _ = run(capsys, "health", "--dsn", database.dsn("worker"))
             assert code == 0, out
+            for change, said in UNDELIVERED:
+                database.run("installer", change)
+                for login in ("worker", "auditor", "operator"):
+                    code, out, _ = run(capsys, "health", "--dsn", database.dsn(login))
+                    assert (code, said in out) == (1, True), out
+                database.run("installer", "delete from kakunin_private.webhook_endpoints")
+                assert run(capsys, "health", "--dsn", database.dsn("worker"))[0] == 0
         database.run("postgres", "revoke kakunin_registrar, kakunin_auditor from app")
 
 

@@ -177,6 +177,24 @@ async def test_revoking_suspending_and_reinstating_are_heard(make: Any, database
     assert cache.queries == asked
 
 
+async def test_a_stop_by_score_is_heard(make: Any, database: Database) -> None:
+    """With its commit, and not when the worker settles it. Five seconds are the default without."""
+    agent = database.agent()
+    cache = await make().ready()
+    assert cache.cache._answers.ttl == 5
+    assert await cache.status(agent.serial) == "active"
+    with database.connect("gateway") as session:
+        session.execute("select kakunin.bind_serial(%s)", [agent.serial])
+        for _ in range(3):
+            session.execute("select kakunin.audit_log_append('unauthorized_access_attempt')")
+        session.commit()
+        committed = time.monotonic()
+    await cache.until(lambda: len(cache.cache) == 0)
+    assert time.monotonic() - committed < 2  # 5 s without the notification
+    with pytest.raises(CertificateRevokedError):
+        await cache.require(agent.serial)
+
+
 async def test_each_refusal_has_its_class(make: Any, database: Database) -> None:
     now = dt.datetime.now(dt.timezone.utc)
     later = database.agent(not_before=now + dt.timedelta(hours=1))

@@ -798,9 +798,13 @@ def test_the_views_are_rolling_windows(kit: Kit) -> None:
         (24 * 20, "data_mutation"),
         (24 * 32, "api_call"),
     ]
+    shares = {}
     for hour, event_type in plan:
         kit.move(NOON + hour * HOUR)
         kit.event(agent, event_type, {"amount_usd": 2})
+        with kit.bound(agent) as session:
+            contributions = "select event_type, events, contribution from kakunin.risk_contributions"
+            shares[hour] = {row[0]: row[1:] for row in session.execute(contributions).fetchall()}
     kit.event(other, "api_call")
     with kit.bound(agent) as session:
         by_hour = session.execute(
@@ -811,9 +815,6 @@ def test_the_views_are_rolling_windows(kit: Kit) -> None:
             "select day, events, events_30_days, excess, excess_30_days, trend from kakunin.risk_by_day"
             " order by 1"
         ).fetchall()
-        shares = dict(
-            session.execute("select event_type, contribution from kakunin.risk_contributions").fetchall()
-        )
     expected = [
         (0, "api_call", 1), (1, "api_call", 2), (1, ATTEMPT, 1), (26, "api_call", 3),
         (480, "data_mutation", 1),
@@ -827,7 +828,8 @@ def test_the_views_are_rolling_windows(kit: Kit) -> None:
     assert day_excess == pytest.approx([excess(0.75), 0, 0, 0])
     assert [float(row[4]) for row in by_day] == pytest.approx([excess(0.75)] * 3 + [0])
     assert [row[5] and float(row[5]) for row in by_day] == [None, pytest.approx(-excess(0.75)), 0, 0]
-    assert shares[ATTEMPT] == 1
+    assert shares[26] == {ATTEMPT: (1, 1), "api_call": (3, 0)}
+    assert shares[24 * 32] == {"data_mutation": (1, None), "api_call": (1, None)}
     # Operators and auditors see all agents, and another agent nothing of this one.
     for login in ("operator", "auditor"):
         query = "select sum(events) from kakunin.risk_by_hour where agent_id = any (%s)"
@@ -835,6 +837,39 @@ def test_the_views_are_rolling_windows(kit: Kit) -> None:
     assert kit.call(other, "select sum(events)::int from kakunin.risk_by_day") == 1
     with kit.database.connect("agent_1") as unbound:
         assert one(unbound, "select count(*) from kakunin.risk_by_hour") == 0
+
+
+def test_an_agent_reads_its_hours_and_no_others(kit: Kit) -> None:
+    """However many agents there are, and as whichever kind of row."""
+    agent = kit.agent()
+    kit.history(agent, days=2)
+    kit.event(agent, "api_call")
+    rows = (
+        "insert into kakunin_private.risk_hours (agent_id, hour, chain_id, event_type, events)"
+        " select a, date_bin('1 hour', now(), 'epoch') - make_interval(hours => h), 0, 'api_call', 1"
+        " from (select gen_random_uuid() as a from generate_series(1, 500)) a, generate_series(1, 20) h"
+    )
+    kit.installer.execute(rows)
+    kit.installer.execute(
+        "insert into kakunin_private.chains (agent_id, sequence, head, counts)"
+        " select gen_random_uuid(), 0, '', '{\"api_call\": [1, 0, 0, 0, 0, 0]}' from generate_series(1, 2000)"
+    )
+    kit.installer.execute("analyze kakunin_private.risk_hours, kakunin_private.chains")
+
+    def read(node: dict[str, Any]) -> float:
+        own = (
+            (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+            if node.get("Relation Name") in ("risk_hours", "chains")
+            else 0
+        )
+        return own + sum(read(below) for below in node.get("Plans", []))
+
+    for view in ("risk_by_hour", "risk_by_day", "risk_contributions"):
+        query = f"explain (analyze, format json) select * from kakunin.{view}"
+        with kit.bound(agent) as session:
+            assert read(one(session, query)[0]["Plan"]) <= 60, view
+        with kit.database.connect("auditor") as auditor:
+            assert read(one(auditor, f"{query} where agent_id = '{agent.agent_id}'")[0]["Plan"]) <= 60, view
 
 
 def test_trend(kit: Kit) -> None:
@@ -1596,6 +1631,70 @@ def test_risk_adaptive_is_read_only_from_high(kit: Kit) -> None:
     for band in ("low", "none", "HIGH", "", None):
         with refused("KA010"):
             kit.call(exempt, "select kakunin.require_risk_below(%s)", [band])
+
+
+def test_what_was_spent_is_kept_for_days_and_not_for_ever(kit: Kit) -> None:
+    agent, other = kit.agent(financial_scope=SCOPE), kit.agent(financial_scope=SCOPE)
+    spend = "select kakunin.require_spend(1, 'XLON', 'GILT')"
+    days = "select count(*)::integer from kakunin_private.spending where agent_id = any (%s)"
+    both = [[agent.agent_id, other.agent_id]]
+    for day in range(4):
+        kit.move(NOON + day * DAY)
+        for who in (agent, other):
+            kit.call(who, spend)
+        kit.operator.execute(SETTLE)
+    assert one(kit.installer, days, both) == 6
+    with kit.bound(agent) as holder:
+        one(holder, spend)  # of that day; nobody waits for it
+        kit.move(NOON + 20 * DAY)
+        kit.operator.execute(SETTLE)
+        assert one(kit.installer, days, both) == 1
+    kit.operator.execute(SETTLE)
+    assert one(kit.installer, days, both) == 0
+
+
+def test_changes_of_a_table_are_scored_where_a_trigger_says_them(kit: Kit) -> None:
+    """What audit => true records is not scored; what the table's owner has an agent's statement say is."""
+    agent = kit.agent()
+    with kit.database.connect("app", autocommit=True) as app:
+        app.execute("create table changed (permitted_agent_serial text, x integer)")
+        app.execute("create index on changed (permitted_agent_serial)")
+        app.execute("select kakunin.protect('changed', audit => true)")
+        app.execute("grant insert on changed to kakunin_gateway")
+        try:
+            insert = "insert into changed select %s, i from generate_series(1, 7) i"
+            for scored in (False, True):
+                with kit.bound(agent) as session:
+                    session.execute(insert, [agent.serial])
+                kinds = kit.types(agent)
+                assert ("data_mutation" in kinds) is scored
+                assert kinds.count("table.insert") == 1 + scored
+                app.execute(
+                    "create or replace function say_changed() returns trigger language plpgsql as $$begin"
+                    " perform kakunin.audit_log_append('data_mutation',"
+                    " jsonb_build_object('table', tg_table_name, 'rows', (select count(*) from rows_now)));"
+                    " return null; end$$"
+                )
+                app.execute(
+                    "create or replace trigger say after insert on changed referencing new table as rows_now"
+                    " for each statement execute function say_changed()"
+                )
+        finally:
+            app.execute("drop table changed; drop function say_changed()")
+    assert kit.profile(agent)["by_event_type"] == {"data_mutation": {"events": 1, "contribution": None}}
+
+
+def test_a_policy_that_passes_no_venue_refuses_whom_a_scope_limits_to_some(kit: Kit) -> None:
+    limited, free = kit.agent(financial_scope=SCOPE), kit.agent(financial_scope={"max_daily_usd": 10})
+    for call, missing in (
+        ("1", "no venue is given"),
+        ("1, 'XLON'", "no instrument is given"),
+        ("1, null, 'GILT'", "no venue is given"),
+    ):
+        assert kit.call(free, f"select kakunin.require_spend({call})") is True
+        with refused("KA009", match=missing):
+            kit.call(limited, f"select kakunin.require_spend({call})")
+    assert kit.call(limited, "select kakunin.require_spend(1, 'XLON', 'GILT')") is True
 
 
 def test_a_risk_policy_that_observes(kit: Kit) -> None:

@@ -6,6 +6,7 @@ kms.py has the proxy between boto3 and moto, which answers wrongly when told to,
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import random
@@ -426,6 +427,73 @@ def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_the_timeout(w
         signer.sign(DIGEST)
     assert 0.4 <= time.monotonic() - start < 4
     over.set()
+
+
+@contextlib.contextmanager
+def dripping(before: bytes, piece: bytes) -> Iterator[tuple[str, threading.Event, list[float]]]:
+    """A server that answers by drops, each in time, until it is told to stop; and when it was asked."""
+    over = threading.Event()
+    asked: list[float] = []
+
+    def answer(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            client.recv(65536)
+            asked.append(time.monotonic())
+            client.sendall(before)
+            while not over.wait(0.05):
+                client.sendall(piece)
+
+    def accept(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # closed when the block ends
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", over, asked
+        over.set()
+
+
+def ended(check: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 10
+    while not check() and time.monotonic() < until:
+        time.sleep(0.02)
+    return check()
+
+
+@pytest.mark.parametrize(
+    ("before", "piece"),
+    [
+        (b"", b"H"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
+        (b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    ],
+    ids=["status line", "headers", "body", "chunks"],
+)
+def test_an_answer_by_drops_is_waited_for_no_longer_than_the_deadline(before: bytes, piece: bytes) -> None:
+    with dripping(before, piece) as (url, over, asked):
+        began = time.monotonic()
+        with pytest.raises(SignerUnavailableError, match="GetPublicKey with alias/x: no whole answer within"):
+            KMSSigner("alias/x", endpoint_url=url, timeout=1, attempts=4, deadline=0.5)
+        assert 0.5 <= time.monotonic() - began < 2
+        assert len(kms._hanging) == 1
+        over.set()
+        # What was given up asks no more, although botocore would try four times.
+        assert ended(lambda: not kms._hanging)
+        assert len(asked) == 1
+
+
+def test_calls_that_hang_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kms, "_MOST_HANGING", 3)
+    with dripping(b"", b"H") as (url, over, asked):
+        for _ in range(5):
+            with pytest.raises(SignerUnavailableError) as caught:
+                KMSSigner("alias/x", endpoint_url=url, timeout=1, attempts=1, deadline=0.2)
+        assert "3 earlier calls have no answer yet" in str(caught.value)
+        assert len(asked) == 3
+        over.set()
+        assert ended(lambda: not kms._hanging)
 
 
 def test_nobody_listening_is_to_be_tried_again_later(wire: Wire) -> None:

@@ -1005,7 +1005,7 @@ def test_what_is_old_and_done_is_deleted(hooks: Database, receiver: Receiver) ->
     assert hooks.value("worker", "select kakunin.clean_webhooks()") == 1
     assert hooks.value("postgres", "select count(*) from kakunin_private.webhook_messages") == 0
     assert hooks.value("worker", "select kakunin.webhook_status()") == {
-        "endpoints": 2, "pending": 0, "dead": 0, "oldest_pending_seconds": 0
+        "endpoints": 2, "disabled": 0, "pending": 0, "dead": 0, "oldest_pending_seconds": 0
     }  # fmt: skip
 
 
@@ -1434,6 +1434,37 @@ def test_the_worker_delivers_seals_and_ends_cleanly(
     assert secret.encode() not in logged
     assert KEY.encode() not in logged
     assert receiver.url.encode() not in logged
+
+
+def test_g3_word_of_a_revocation_by_score_comes_in_under_2_s(
+    hooks: Database, receiver: Receiver, tmp_path: Path
+) -> None:
+    """The agent's commit stops it; the worker, at its defaults, settles that and sends the word of it."""
+    keys = stored_key(hooks, tmp_path / "keys")
+    at: dict[str, float] = {}
+
+    def answer(handler: _Handler) -> None:
+        body = handler.server.requests[-1][1]  # type: ignore[attr-defined]
+        at[json.loads(body)["type"]] = time.monotonic()
+        handler.send_response(200)
+        handler.end_headers()
+
+    receiver.answer = answer
+    wanted = {"agent.high_risk", "agent.suspended", "certificate.revoked"}
+    add(hooks, receiver.url, ["agent.created", *sorted(wanted)])
+    with process(hooks, keys):
+        agents = [hooks.agent() for _ in range(5)]
+        until(lambda: "agent.created" in at, "the worker")
+        for agent in agents:
+            at.clear()
+            with hooks.connect("gateway") as session:
+                session.execute("select kakunin.bind_serial(%s)", [agent.serial])
+                for _ in range(3):
+                    session.execute("select kakunin.audit_log_append('unauthorized_access_attempt')")
+                session.commit()
+                committed = time.monotonic()
+            until(lambda: at.keys() >= wanted, "the word of it")
+            assert max(at[event] for event in wanted) - committed < 2
 
 
 def test_a_worker_whose_webhook_key_is_none_does_not_begin(

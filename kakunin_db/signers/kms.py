@@ -5,6 +5,7 @@ boto3 comes with the extra ``aws`` and is imported when a client is made.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import re
@@ -27,10 +28,18 @@ _MAKE_ONE = "Make one: aws kms create-key --key-spec RSA_2048 --key-usage SIGN_V
 # A key that was just made is not known everywhere in KMS at once: seconds between attempts to use it.
 _SETTLING = (0.2, 0.4, 0.8, 1.6, 3.2)
 
-# Seconds for connecting, and for each answer; and how often a request is sent. Together with the pauses of
-# botocore's standard mode a call ends within about half a minute.
+# Seconds for connecting, and for each piece of an answer; how often a request is sent; and seconds for all of
+# it, with the pauses of botocore's standard mode.
 _TIMEOUT = 3.0
 _ATTEMPTS = 4
+_DEADLINE = 30.0
+
+# Calls that were given up and whose answers still come, and while how many of those nothing more is asked.
+_MOST_HANGING = 16
+_hanging: set[concurrent.futures.Future[Any]] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hanging.clear)  # it has none of their threads
+_until = threading.local()
 
 # Codes whose message in KMS's answer is worth repeating. Others may quote the request with its session token.
 _TELLING = {
@@ -97,22 +106,59 @@ def _new_client(region: str, endpoint_url: str | None, timeout: float, attempts:
     )
     try:
         with _session_lock:
-            return _session(boto3).client("kms", region_name=region, endpoint_url=endpoint_url, config=config)
+            client = _session(boto3).client(
+                "kms", region_name=region, endpoint_url=endpoint_url, config=config
+            )
     except ValueError as error:
         raise BadInputError("the endpoint or region of AWS KMS is not one", "Check both.") from error
     except BotoCoreError as error:
         raise SignerError(
             f"no client of AWS KMS can be made ({type(error).__name__})", "Check the AWS configuration."
         ) from error
+    client.meta.events.register("before-send.kms", _check_time)
+    return client
 
 
-def _call(client: Any, operation: str, key: str, **arguments: Any) -> dict[str, Any]:
+def _check_time(**_: Any) -> None:
+    """Sends nothing once the call was given up: a key would be made that nobody waits for."""
+    if time.monotonic() > getattr(_until, "moment", float("inf")):
+        raise TimeoutError("the call was given up")
+
+
+def _in_time(call: Callable[[], _Result], deadline: float) -> _Result:
+    """What it returns or raises; TimeoutError where it does neither in ``deadline`` seconds.
+
+    botocore bounds how long each piece of an answer is waited for, and not how many there are. Nothing ends a
+    read from outside, so it goes on in a thread of its own until its answer ends or the process does.
+    """
+    if len(_hanging) >= _MOST_HANGING:
+        raise TimeoutError(f"{_MOST_HANGING} earlier calls have no answer yet")
+    done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        _until.moment = time.monotonic() + deadline
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="kakunin kms", daemon=True).start()
+    try:
+        return done.result(deadline)
+    except concurrent.futures.TimeoutError as error:  # TimeoutError itself from Python 3.11 on
+        if not done.done():
+            _hanging.add(done)
+            done.add_done_callback(_hanging.discard)
+        raise TimeoutError(f"no whole answer within {deadline:g} s") from error
+
+
+def _call(client: Any, operation: str, key: str, deadline: float, **arguments: Any) -> dict[str, Any]:
     """One request, with ``operation`` as IAM calls it. Raises SignerError about ``key``."""
     from botocore import exceptions, parsers  # type: ignore[import-untyped]  # noqa: PLC0415
 
     method = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
     try:
-        answer: dict[str, Any] = getattr(client, method)(**arguments)
+        answer: dict[str, Any] = _in_time(lambda: getattr(client, method)(**arguments), deadline)
     except exceptions.ClientError as error:
         raise _refusal(error.response, operation, key) from error
     except exceptions.SSLError as error:
@@ -120,7 +166,7 @@ def _call(client: Any, operation: str, key: str, **arguments: Any) -> dict[str, 
             f"AWS KMS cannot be trusted for kms:{operation} with {key}: {error}",
             "Check the endpoint and the certificates this machine trusts.",
         ) from error
-    except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
+    except (exceptions.ConnectionError, exceptions.HTTPClientError, TimeoutError) as error:
         raise SignerUnavailableError(
             f"AWS KMS did not answer kms:{operation} with {key}: {error}",
             "Try again; if it stays so, check the network and the endpoint.",
@@ -179,9 +225,9 @@ class KMSSigner:
     returned, so that an alias moved to another key is an error and not a signature nobody accepts.
 
     ``region`` is by default the ARN's, $AWS_REGION, or eu-west-1. ``timeout`` is in seconds, for connecting
-    and for each answer; ``attempts`` is how often a request is sent when it is throttled or not answered. A
-    ``client`` of boto3 brings its own region, endpoint, timeouts and retries. The caller needs
-    kms:GetPublicKey and kms:Sign.
+    and for each piece of an answer; ``attempts`` is how often a request is sent when it is throttled or not
+    answered; ``deadline`` is in seconds, for a call in all. A ``client`` of boto3 brings its own region,
+    endpoint, timeouts and retries. The caller needs kms:GetPublicKey and kms:Sign.
 
     Raises SignerError when the key cannot sign, and of those SignerUnavailableError when it may later.
     """
@@ -195,6 +241,7 @@ class KMSSigner:
         endpoint_url: str | None = None,
         timeout: float = _TIMEOUT,
         attempts: int = _ATTEMPTS,
+        deadline: float = _DEADLINE,
     ) -> None:
         if not key:
             raise BadInputError("a key in AWS KMS is named by its id, ARN or alias")
@@ -202,7 +249,8 @@ class KMSSigner:
             client = _new_client(_region_of(key, region), endpoint_url, timeout, attempts)
         self._client = client
         self._key = key
-        answer = _call(client, "GetPublicKey", key, KeyId=key)
+        self._deadline = deadline
+        answer = _call(client, "GetPublicKey", key, deadline, KeyId=key)
         self._target: str = answer.get("KeyId") or key
         self._public_key = _usable(answer, key)
 
@@ -219,6 +267,7 @@ class KMSSigner:
             self._client,
             "Sign",
             self._key,
+            self._deadline,
             KeyId=self._key,
             Message=digest,
             MessageType="DIGEST",
@@ -278,6 +327,7 @@ class KMSKeys:
         prefix: str = "kakunin",
         timeout: float = _TIMEOUT,
         attempts: int = _ATTEMPTS,
+        deadline: float = _DEADLINE,
     ) -> None:
         if not re.fullmatch(r"(?!aws/|aws\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*", prefix) or len(prefix) > 200:
             raise BadInputError(
@@ -286,13 +336,19 @@ class KMSKeys:
             )
         self._prefix = prefix
         self._client = client or _new_client(_region_of("", region), endpoint_url, timeout, attempts)
+        self._deadline = deadline
 
     def _alias(self, public_key: rsa.RSAPublicKey) -> str:
         return f"alias/{self._prefix}/{subject_key_id(public_key)}"
 
+    def _call(self, operation: str, key: str, **arguments: Any) -> dict[str, Any]:
+        return _call(self._client, operation, key, self._deadline, **arguments)
+
+    def _open(self, key: str) -> KMSSigner:
+        return KMSSigner(key, client=self._client, deadline=self._deadline)
+
     def create(self, label: str) -> KMSSigner:
-        made = _call(
-            self._client,
+        made = self._call(
             "CreateKey",
             f"a new key for {label!r}",
             KeySpec="RSA_2048",
@@ -303,7 +359,7 @@ class KMSKeys:
         metadata = _part(made, "KeyMetadata", "CreateKey", label)
         arn, id = metadata["Arn"], metadata["KeyId"]
         try:
-            signer = _once_known(lambda: KMSSigner(arn, client=self._client))
+            signer = _once_known(lambda: self._open(arn))
             _once_known(lambda: self._name(signer, arn))
         except BaseException as error:
             self._give_up(arn, id, error)
@@ -313,7 +369,7 @@ class KMSKeys:
     def _name(self, signer: KMSSigner, arn: str) -> None:
         alias = self._alias(signer.public_key())
         try:
-            _call(self._client, "CreateAlias", arn, AliasName=alias, TargetKeyId=arn)
+            self._call("CreateAlias", arn, AliasName=alias, TargetKeyId=arn)
         except SignerError as error:
             # Nobody else could have named it: KMS did so, and its answer got lost.
             if _code(error) != "AlreadyExistsException":
@@ -330,12 +386,12 @@ class KMSKeys:
 
     def _delete(self, key: str) -> None:
         # The shortest wait there is.
-        _call(self._client, "ScheduleKeyDeletion", key, KeyId=key, PendingWindowInDays=7)
+        self._call("ScheduleKeyDeletion", key, KeyId=key, PendingWindowInDays=7)
 
     def open(self, public_key: rsa.RSAPublicKey) -> KMSSigner:
         """Raises SignerError when the alias is missing, or points to another key."""
         alias = self._alias(public_key)
-        signer = KMSSigner(alias, client=self._client)
+        signer = self._open(alias)
         if signer.public_key() != public_key:
             raise SignerError(
                 f"{alias} points to another key than its name says", "Point it back: aws kms update-alias"
@@ -348,7 +404,7 @@ class KMSKeys:
             raise BadInputError(f"{signer.key_id} is not a key in AWS KMS")
         alias = self._alias(signer.public_key())
         try:
-            _call(self._client, "DeleteAlias", alias, AliasName=alias)
+            self._call("DeleteAlias", alias, AliasName=alias)
         except SignerError as error:
             if _code(error) != "NotFoundException":
                 raise
