@@ -867,6 +867,7 @@ create table kakunin_private.agents (
   risk_exempt      boolean not null default false,
   risk_factor      double precision not null default 1 check (risk_factor between 0.1 and 10),
   risk_epoch       integer not null default 0,
+  reinstated_at    timestamptz,
   check ((suspended_at is null) = (suspended_reason is null)),
   check (model is not null or model_hash is null)
 );
@@ -874,6 +875,7 @@ comment on table kakunin_private.agents is 'One row an agent. Suspension stops a
 comment on column kakunin_private.agents.risk_exempt is 'Scored, but nothing follows from it';
 comment on column kakunin_private.agents.risk_factor is 'What its excess is multiplied by: above 1 it is judged more severely';
 comment on column kakunin_private.agents.risk_epoch is 'Counts reinstatements: what was scored before the last one is not held against it';
+comment on column kakunin_private.agents.reinstated_at is 'The last one: drift is of what came after it';
 comment on column kakunin_private.agents.model_hash is
   'What the agent is to run, as compute_model_hash() gives it; a certificate for another is not registered';
 
@@ -948,6 +950,8 @@ comment on table kakunin_private.risk_stops is
 -- retired session key also leaves a name there, and is asked for it in such transactions only. The name is a
 -- domain's, because making one takes no lock that an agent's own DDL could hold against a revocation. The longest
 -- is that of a serial with 'end ' before it: 63 bytes, and no name may be longer.
+-- A reinstatement takes the suspension's name away, and leaves one that carries its number: what a snapshot from before
+-- it shows of the agent's risk is of the epoch before, and counted by nobody.
 create function kakunin_private.stop(p_name text) returns void
 language plpgsql volatile parallel unsafe
 as $$
@@ -958,7 +962,7 @@ begin
 end
 $$;
 comment on function kakunin_private.stop(text) is
-  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id), a stop by risk (risk and the agent id) or a retired session key (key and its id)';
+  'Makes known beyond snapshots a revocation (name: serial), one that lies ahead (end and the serial), a suspension (agent id), a stop by risk (risk and the agent id), a reinstatement (epoch, the agent id and its number), a retired session key (key and its id) or that risk is observed alone (risk observed)';
 
 create function kakunin_private.is_stopped(p_name text) returns boolean
 language sql stable parallel safe
@@ -984,6 +988,16 @@ end
 $$;
 comment on function kakunin_private.check_snapshot_is_fresh(text) is 'KA010 where what is committed may differ from what this transaction sees';
 
+create function kakunin_private.is_reinstated_since(p_agent_id uuid) returns boolean
+language sql stable parallel safe
+begin atomic
+  select exists (
+    select from kakunin_private.agents a
+     where a.agent_id = p_agent_id and kakunin_private.is_stopped('epoch ' || p_agent_id || ' ' || a.risk_epoch + 1));
+end;
+comment on function kakunin_private.is_reinstated_since(uuid) is
+  'Whether the agent was reinstated after this transaction took its snapshot';
+
 -- The one definition of "this certificate may be used now"; bind and every statement's check share it.
 -- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
 -- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
@@ -995,11 +1009,12 @@ begin
   -- First the one that settle() replaces by the others: between two looks it may do so.
   return kakunin_private.is_stopped('risk ' || p_agent_id)
     or kakunin_private.is_stopped(p_serial) or kakunin_private.is_stopped(p_agent_id::text)
-    or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial));
+    or (p_revoked_at is null and kakunin_private.is_stopped('end ' || p_serial))
+    or kakunin_private.is_reinstated_since(p_agent_id);
 end
 $$;
 comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
-  'Whether certificate or agent was stopped after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
+  'Whether certificate or agent was stopped, or the agent reinstated, after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
 
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
@@ -1050,6 +1065,10 @@ begin
       message = format('agent %s is suspended: %s', v_agent.agent_id,
         coalesce(v_agent.suspended_reason, 'after this transaction took its snapshot')),
       hint = 'After review, an operator lifts it with kakunin.reinstate_agent().';
+  elsif not kakunin_private.snapshot_is_fresh() and kakunin_private.is_reinstated_since(v_agent.agent_id) then
+    raise exception using errcode = 'KA008',
+      message = format('agent %s was reinstated after this transaction took its snapshot', v_agent.agent_id),
+      hint = 'Begin another transaction.';
   end if;
 end
 $$;
@@ -2437,20 +2456,28 @@ comment on function kakunin.suspend_agent(uuid, text) is
 create function kakunin.reinstate_agent(agent_id uuid) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_epoch integer;
 begin
   perform kakunin_private.lock_agent(reinstate_agent.agent_id);
   -- What its score stopped is revoked first: that is final, and a reinstated agent needs another certificate.
   perform kakunin_private.settle(reinstate_agent.agent_id);
   update kakunin_private.agents a
-     set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1
-   where a.agent_id = reinstate_agent.agent_id;
+     set suspended_at = null, suspended_reason = null, risk_epoch = a.risk_epoch + 1, reinstated_at = kakunin_private.clock()
+   where a.agent_id = reinstate_agent.agent_id
+  returning a.risk_epoch into v_epoch;
+  -- Drift is not of one epoch. A chain that a transaction of the agent's holds keeps its own: nobody waits for that.
+  update kakunin_private.chains c set drift = 0
+   where c.drift > 0
+     and c.chain_id = any (array(select h.chain_id from kakunin_private.chains h where h.agent_id = reinstate_agent.agent_id for update skip locked));
+  perform kakunin_private.stop('epoch ' || reinstate_agent.agent_id || ' ' || v_epoch);
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
   perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
-  'Lifts a suspension and begins the agent''s risk score anew. Revoked certificates stay revoked. For kakunin_operator';
+  'Lifts a suspension and begins the agent''s risk score anew, drift included. Revoked certificates stay revoked, and transactions that keep a snapshot of before serve the agent no more. For kakunin_operator';
 
 create function kakunin.distrust_ca(key_id text, reason text default 'unspecified') returns text[]
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -3853,13 +3880,17 @@ comment on function kakunin_private.violations(jsonb, numeric, numeric, text, te
 -- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
 -- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
 -- bits), by how far the mean logarithm of amounts has moved (in standard deviations) and by events a day. Each has a
--- dead zone that sampling, a weekly rhythm and healthy growth stay within. In the mix each hour counts with the square root
+-- dead zone that sampling, a weekly rhythm and healthy growth stay within. What came before the agent was last reinstated has been
+-- looked at: of the 7 days those since then count. In the mix each hour counts with the square root
 -- of its events, so that one burst of the same call is not a change of habits, and what sampling does to it goes
 -- with the hours there are, not the events: those of an hour come together.
 create function kakunin_private.risk_drift(p_agent_id uuid, p_at timestamptz, out drift double precision, out factors jsonb)
 language sql stable parallel safe
 begin atomic
-  with buckets as (
+  with window_of as (
+    select greatest(p_at - interval '168 hours', max(a.reinstated_at)) as recent
+      from kakunin_private.agents a where a.agent_id = p_agent_id
+  ), buckets as (
     select h.event_type, h.hour, sum(h.events)::double precision as events, sum(h.amounts)::double precision as amounts,
            sum(h.log_sum) as log_sum, sum(h.log_square) as log_square
       from kakunin_private.risk_hours h
@@ -3869,9 +3900,9 @@ begin atomic
     select s.since, case when s.since <= p_at - interval '1008 hours' then p_at - interval '672 hours' else p_at - interval '168 hours' end as until
       from (select min(b.hour) as since from buckets b) s
   ), hours as (
-    select b.*, b.hour >= p_at - interval '168 hours' as recent
-      from buckets b, span s
-     where b.hour >= p_at - interval '168 hours' or b.hour < s.until
+    select b.*, b.hour >= w.recent as recent
+      from buckets b, span s, window_of w
+     where b.hour >= w.recent or b.hour < s.until
   ), types as (
     select t.event_type,
            t.recent / nullif(sum(t.recent) over (), 0) as p, t.before / nullif(sum(t.before) over (), 0) as q
@@ -3895,8 +3926,8 @@ begin atomic
     select t.recent >= 50 and t.before >= 200 as enough, m.distance, t.hours, t.amounts,
            case when t.amounts >= 30
              then (t.mean_recent - t.mean_before) / greatest(sqrt(greatest(t.square_before - t.mean_before ^ 2, 0)), 0.25) end as shift,
-           (t.recent / 7) / nullif(t.before / greatest(extract(epoch from s.until - s.since)::double precision / 86400, 1), 0) as growth
-      from totals t, mix m, span s
+           t.recent / greatest(extract(epoch from p_at - w.recent)::double precision / 86400, 1) / nullif(t.before / greatest(extract(epoch from s.until - s.since)::double precision / 86400, 1), 0) as growth
+      from totals t, mix m, span s, window_of w
   ), shares as (
     select p.enough, p.distance, p.shift, p.growth,
            least(greatest((coalesce(p.distance, 0) - 0.05 - 1 / sqrt(greatest(p.hours, 1))) / 0.15, 0), 1) as mix,
@@ -4424,7 +4455,8 @@ create table kakunin_private.spending (
   amount_usd numeric not null,
   primary key (agent_id, day)
 );
-comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC)';
+create index spending_day on kakunin_private.spending (day);
+comment on table kakunin_private.spending is 'What require_spend() has let through, by day (UTC). Kept for a few days';
 
 create function kakunin_private.refused(
   p_observe boolean, p_agent_id uuid, p_serial text, p_code text, p_message text, p_hint text
@@ -4432,7 +4464,9 @@ create function kakunin_private.refused(
 language plpgsql volatile parallel unsafe
 as $$
 begin
-  if p_observe or (select s.mode = 'observe' from kakunin_private.risk_settings s) then
+  -- A snapshot may be older than the end of observing, and be handed to ever new transactions: there its name decides.
+  if p_observe or ((select s.mode = 'observe' from kakunin_private.risk_settings s)
+    and (kakunin_private.snapshot_is_fresh() or kakunin_private.is_stopped('risk observed'))) then
     raise warning using message = 'observed, and would be refused: ' || p_message;
     -- In a chain of the agent's: as a decision, each of its transactions above READ COMMITTED would begin another chain of those.
     perform kakunin_private.append(
@@ -4509,12 +4543,17 @@ begin
     return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA011',
       format('the risk of agent %s is %s (%s), and this is for agents below %s', v_agent.agent_id, v_risk.band, round(v_risk.score::numeric, 2), band),
       'Wait until the score has fallen, or have an operator review it.');
+  elsif not kakunin_private.snapshot_is_fresh() then
+    return kakunin_private.refused(require_risk_below.observe, v_agent.agent_id, v_serial, 'KA010',
+      format('what risk forbids is for READ COMMITTED transactions: this one (%s) has a snapshot, and shows the score of then',
+        current_setting('transaction_isolation')),
+      'Write in a READ COMMITTED transaction.');
   end if;
   return true;
 end
 $$;
 comment on function kakunin.require_risk_below(text, boolean) is
-  'True while the bound agent''s band is below this one; otherwise KA011. For policies: (select kakunin.require_risk_below(''high'')) makes a table read-only; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
+  'True while the bound agent''s band is below this one; otherwise KA011, and KA010 above READ COMMITTED, where the band is that of the snapshot. For policies: (select kakunin.require_risk_below(''high'')) makes a table read-only; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
 
 -- Operators ------------------------------------------------------------------------------------------
 
@@ -4557,6 +4596,11 @@ begin
       raise exception using errcode = 'KA010', message = format('a setting of risk is not what it must be: %s', sqlerrm),
         hint = 'Thresholds rise from medium to critical, weights are 0 to 0.99, half_life is an hour to 30 days.';
   end;
+  if v_after.mode = 'observe' then
+    perform kakunin_private.stop('risk observed');
+  else
+    drop domain if exists kakunin_private."risk observed";
+  end if;
   perform kakunin_private.record('settings.changed', null, jsonb_build_object('risk', settings));
   return to_jsonb(v_after) - 'only_row';
 end
@@ -4622,23 +4666,25 @@ declare
   v_agent   record;
 begin
   perform kakunin_private.check_snapshot_is_fresh('settling risk');
-  -- Those that are stopped, and what the transactions of an agent added side by side. Nothing is put into risk_stops: an
-  -- agent's open transaction may have its row there, and whoever adds another one waits for it.
+  -- Those that are stopped, and what the transactions of an agent added side by side, or in a snapshot in which nothing followed
+  -- from it: it was exempt, or all was observed. Nothing is put into risk_stops: an agent's open transaction may have its
+  -- row there, and whoever adds another one waits for it.
   for v_agent in
     select distinct r.agent_id, null::double precision as score from kakunin_private.risk_stops r
     union all
     select m.agent_id, r.score
       from (select c.agent_id
-              from kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
+              from kakunin_private.risk_settings s, kakunin_private.chains c join kakunin_private.agents a on a.agent_id = c.agent_id
              where c.hard + c.soft > 0.05 and not a.risk_exempt and a.suspended_at is null and c.risk_epoch = a.risk_epoch
                and not exists (select from kakunin_private.risk_stops t where t.agent_id = c.agent_id)
-             group by c.agent_id having count(*) > 1) m,
+             group by c.agent_id
+            having count(*) > 1 or sum(c.hard) * max(a.risk_factor) >= -ln(1 - max(s.critical))) m,
            lateral kakunin_private.risk_of(m.agent_id) r
      where r.score >= (select s.critical from kakunin_private.risk_settings s where s.mode = 'enforce')
      order by agent_id
   loop
     if kakunin_private.settle(v_agent.agent_id, case when v_agent.score is not null
-      then format('risk score %s, by concurrent transactions', round(v_agent.score::numeric, 4)) end) then
+      then format('risk score %s, of all its transactions', round(v_agent.score::numeric, 4)) end) then
       v_settled := v_settled + 1;
       if v_agent.score is not null then
         perform kakunin_private.record('agent.revoked', v_agent.agent_id, jsonb_build_object('agent_score', round(v_agent.score::numeric, 4)));
@@ -4647,6 +4693,8 @@ begin
   end loop;
   delete from kakunin_private.risk_hours h
    where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < kakunin_private.clock() - interval '60 days' order by o.hour limit 1000 for update skip locked));
+  delete from kakunin_private.spending p
+   where p.ctid = any (array(select o.ctid from kakunin_private.spending o where o.day < kakunin_private.clock() - interval '3 days' order by o.day limit 1000 for update skip locked));
   return v_settled;
 end
 $$;
@@ -4748,14 +4796,18 @@ create view kakunin_private.risk_buckets as
     from kakunin_private.chains c, jsonb_each(c.counts) e;
 comment on view kakunin_private.risk_buckets is 'What each agent did by hour, the present one included';
 
+-- Two branches, as in kakunin.audit_log: an agent reads its own hours by the index.
 create view kakunin.risk_by_hour with (security_barrier = true) as
   select b.agent_id, b.hour, b.event_type, sum(b.events)::bigint as events, sum(b.late)::bigint as late,
          sum(b.events) filter (where b.imported)::bigint as imported, sum(b.amount_usd) as amount_usd, sum(b.excess) as excess,
          sum(sum(b.events)) over (partition by b.agent_id, b.event_type order by b.hour
            range between '30 days' preceding and current row)::bigint as events_30_days
-    from kakunin_private.risk_buckets b
-   where (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
-      or b.agent_id = (select kakunin.current_agent_id())
+    from (select r.* from kakunin_private.risk_buckets r
+           where (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
+          union all
+          select r.* from kakunin_private.risk_buckets r
+           where not (select pg_has_role(current_user, 'kakunin_auditor', 'usage') or pg_has_role(current_user, 'kakunin_operator', 'usage'))
+             and r.agent_id = (select kakunin.current_agent_id())) b
    group by b.agent_id, b.hour, b.event_type;
 comment on view kakunin.risk_by_hour is
   'Events and excess by hour and type, with the rolling 30 days: the bound agent''s own, or all for operators and auditors. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
@@ -4773,11 +4825,22 @@ create view kakunin.risk_by_day with (security_barrier = true) as
 comment on view kakunin.risk_by_day is
   'The same by day, with means of 7 and 30 days and the change from the day before. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
 
+-- A view's functions are its reader's to call, and the clock is the private schema's.
+create function kakunin.risk_window() returns timestamptz
+language plpgsql stable parallel safe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return kakunin_private.clock() - interval '720 hours';
+end
+$$;
+comment on function kakunin.risk_window() is
+  'Where the 30 days of risk_contributions begin. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
+
 create view kakunin.risk_contributions with (security_barrier = true) as
   select h.agent_id, h.event_type, sum(h.events)::bigint as events, sum(h.excess) as excess,
          sum(h.excess) / nullif(sum(sum(h.excess)) over (partition by h.agent_id), 0) as contribution
     from kakunin.risk_by_hour h
-   where h.hour >= now() - interval '30 days'
+   where h.hour >= (select kakunin.risk_window())
    group by h.agent_id, h.event_type;
 comment on view kakunin.risk_contributions is
   'What each event type contributed in the last 30 days. For kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor';
@@ -5502,10 +5565,13 @@ begin
   return query
     select n.index, n.leaf_hash, n.event_id, l.recorded_at, l.agent_id, l.entry,
            l.entry is null and exists (select from kakunin_private.partitions p where p.archived @> n.index)
-      from (select b.first_index + i - 1 as index, substr(b.leaf_hashes, ((i - 1) * 32 + 1)::integer, 32) as leaf_hash, b.event_ids[i] as event_id
+      from (select b.first_index + s.first + e.at - 2 as index,
+                   substr(b.leaf_hashes, ((s.first + e.at - 2) * 32 + 1)::integer, 32) as leaf_hash, e.event_id
               from kakunin_private.batches b,
-                   generate_series(greatest(ledger_leaves.first_index - b.first_index, 0) + 1,
-                                   least(ledger_leaves.first_index + max_entries, b.tree_size) - b.first_index) i
+                   lateral (select (greatest(ledger_leaves.first_index - b.first_index, 0) + 1)::integer as first,
+                                   (least(ledger_leaves.first_index + max_entries, b.tree_size) - b.first_index)::integer as last) s,
+                   -- A slice: each element by itself would have the whole array read anew.
+                   lateral unnest(b.event_ids[s.first:s.last]) with ordinality e(event_id, at)
              where b.tree_size > ledger_leaves.first_index and b.first_index < ledger_leaves.first_index + max_entries) n
       left join kakunin_private.ledger l on l.event_id = n.event_id
      order by n.index, l.recorded_at;
@@ -5939,6 +6005,7 @@ begin
   return (
     select jsonb_build_object(
              'endpoints', count(*),
+             'disabled', (select count(*) from kakunin_private.webhook_endpoints e where e.disabled_at is not null),
              'pending', coalesce(sum(p.pending), 0),
              'dead', coalesce(sum(d.dead), 0),
              'oldest_pending_seconds', coalesce(extract(epoch from kakunin_private.clock() - min(p.oldest)), 0))
@@ -5951,7 +6018,7 @@ begin
 end
 $$;
 comment on function kakunin.webhook_status() is
-  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds. For kakunin_worker, kakunin_operator';
+  'How far deliveries to enabled endpoints are: endpoints, pending, dead, oldest_pending_seconds; and how many are disabled. For kakunin_worker, kakunin_operator, kakunin_auditor';
 
 -- Endpoints ------------------------------------------------------------------------------------------
 
@@ -6206,6 +6273,7 @@ grant execute on function
   kakunin.import_events(uuid, jsonb)
   to kakunin_operator;
 grant execute on function kakunin.settle_risk() to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.risk_window() to kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;  -- a view calls it
 grant select on kakunin.risk_by_hour, kakunin.risk_by_day, kakunin.risk_contributions to
   kakunin_agent, kakunin_gateway, kakunin_operator, kakunin_auditor;
 grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;
@@ -6226,7 +6294,7 @@ grant execute on function
   kakunin.expire_certificates(integer), kakunin.claim_webhooks(interval),
   kakunin.report_webhook(text, uuid, integer, integer, text), kakunin.clean_webhooks()
   to kakunin_worker;
-grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator;
+grant execute on function kakunin.webhook_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
 grant execute on function
   kakunin.add_webhook(uuid, text, text[], bytea), kakunin.enable_webhook(uuid, boolean), kakunin.remove_webhook(uuid),
   kakunin.rotate_webhook(uuid, bytea, interval), kakunin.test_webhook(uuid), kakunin.replay_webhooks(text, uuid)
