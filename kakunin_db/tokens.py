@@ -78,9 +78,11 @@ class SecretKey:
 
     def __init__(self, secret: str | bytes, kid: str | None = None) -> None:
         try:
-            self._secret = secret.encode() if isinstance(secret, str) else bytes(secret)
-        except (TypeError, ValueError):  # whose text would be the secret
-            raise BadInputError("the JWT secret is a text or bytes") from None
+            self._secret = secret.encode() if isinstance(secret, str) else secret
+        except UnicodeEncodeError:  # which quotes it
+            raise BadInputError("the JWT secret has no UTF-8") from None
+        if not isinstance(self._secret, bytes):
+            raise BadInputError("the JWT secret is a text or bytes")
         if len(self._secret) < _SHORTEST_SECRET:
             raise BadInputError(
                 f"the JWT secret has fewer than {_SHORTEST_SECRET} bytes",
