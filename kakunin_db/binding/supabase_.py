@@ -205,6 +205,8 @@ def _verification(body: Any) -> CertificateVerification:
     if not isinstance(body["valid"], bool) or not isinstance(body["serial_number"], str):
         raise TypeError("not an answer")
     agent_id = body.get("agent_id")
+    if body["valid"] and (agent_id is None or body["not_after"] is None):
+        raise ValueError("nobody's, or without an end")
     return CertificateVerification(
         **{f.name: body.get(f.name) for f in dataclasses.fields(CertificateVerification)}
         | {
