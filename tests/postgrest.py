@@ -240,8 +240,9 @@ class PostgREST:
         token: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> Response:
-        """One request below /rest/v1, with the anon key and, if given, a bearer token."""
-        data = json.dumps(body).encode() if body is not None else None
+        """One request below /rest/v1, with the anon key and, if given, a bearer token. A body of bytes is
+        sent as it is, any other as JSON."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"apikey": self.anon_key, **(headers or {})}
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"

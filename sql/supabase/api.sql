@@ -8,9 +8,8 @@
 grant kakunin_agent to authenticator;
 
 grant usage on schema kakunin to anon, authenticated, service_role;
-grant execute on function kakunin.pre_request() to kakunin_agent, anon, authenticated, service_role;
 grant execute on function
-  kakunin.normalize_serial(text), kakunin.current_cert_serial(), kakunin.current_agent_id(),
+  kakunin.pre_request(), kakunin.normalize_serial(text), kakunin.current_cert_serial(), kakunin.current_agent_id(),
   kakunin.has_scope(text), kakunin.require_session(), kakunin.require_scope(text),
   kakunin.require_spend(numeric, text, text, numeric, boolean), kakunin.require_risk_below(text, boolean),
   kakunin.check_risk_score(), kakunin.verify_agent_scope(text, numeric, text, text, numeric),
@@ -18,6 +17,7 @@ grant execute on function
   kakunin.verify_certificate(text), kakunin.verify_message(text, bytea, bytea)
   to anon, authenticated, service_role;
 
--- Beside those that are believed already.
-select kakunin.set_gateway_logins(array(
-  select g.login from kakunin_private.gateway_logins g union select 'authenticator'));
+-- Beside those that are believed already. Hooked: PostgREST has to call kakunin.pre_request() before each request.
+select kakunin.set_gateway_logins(
+  array(select g.login from kakunin_private.gateway_logins g union select 'authenticator'),
+  array(select g.login from kakunin_private.gateway_logins g where g.hooked union select 'authenticator'));
