@@ -981,7 +981,8 @@ MAY_CALL = {
     "rotate_webhook(uuid,bytea,interval)": {"operator"},
     "test_webhook(uuid)": {"operator"},
     "replay_webhooks(text,uuid)": {"operator"},
-    "set_gateway_logins(name[])": set(),
+    "set_gateway_logins(name[],name[])": set(),
+    "pre_request()": {"agent", "gateway"},
     "renew_installation()": set(),
 }
 
