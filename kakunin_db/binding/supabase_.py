@@ -52,6 +52,8 @@ from ..tokens import Minter, Token
 SERIAL_HEADER: Final = "X-Kakunin-Cert-Serial"
 # Headers that say who asks, and go to no other origin.
 _IDENTITY: Final = ("authorization", "apikey", SERIAL_HEADER.lower())
+# The first whose parts are known to share the HTTP client they are given, and whose Realtime is as below.
+_OLDEST: Final = (2, 34)
 # Seconds between attempts to renew what Realtime was told, while that is good still.
 _PAUSE: Final = 5.0
 # Seconds, where the client's options have none: httpx's own.
@@ -72,6 +74,11 @@ class _Agent:
             self.agent_id = credential_or_serial.agent_id
         else:
             self.serial = normalize_serial(credential_or_serial)
+        if tuple(map(int, supabase.__version__.split(".")[:2])) < _OLDEST:
+            raise BadInputError(
+                f"supabase {supabase.__version__} keeps HTTP clients that cannot be bound",
+                f"pip install 'supabase>={'.'.join(map(str, _OLDEST))}'",
+            )
         self.url = httpx.URL(str(client.supabase_url))
         self.api_key = client.supabase_key
         if _bypasses(self.api_key):
