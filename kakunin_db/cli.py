@@ -375,6 +375,21 @@ def _other_commands(groups: Any) -> None:
     )
     command.add_argument("path", metavar="PATH", help="a file; - for stdin")
 
+    command = _add(
+        groups,
+        "jwks",
+        commands.jwks,
+        "the public keys that verify agents' JWTs, as a JWK set",
+        needs="nothing",
+    )
+    command.add_argument(
+        "signers",
+        nargs="+",
+        metavar="URI",
+        help="a key: awskms:<key id, ARN or alias/...>, file:/path/key.pem or pkcs11:...;"
+        " of several, the one in use and those that are about to be or were",
+    )
+
 
 def _export_commands(group: Any) -> None:
     for name, do, text, metavar, where in (

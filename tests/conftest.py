@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from cluster import MAJORS, Cluster, binaries
 from cryptography.hazmat.primitives import serialization
-from postgrest import PostgREST, prepare, required
+from postgrest_server import PostgREST, prepare, required
 
 from kakunin_db import AgentCertificate, AgentCredential, CertificateAuthority, LocalSigner
 from kakunin_db.resources import install_sql

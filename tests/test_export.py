@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster, binaries
-from postgrest import PostgREST
+from postgrest_server import PostgREST
 
 from kakunin_db import CertificateAuthority, LocalSigner, cli
 from kakunin_db.export_commands import extension_files, plain_sql, supabase_sql

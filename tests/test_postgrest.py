@@ -18,7 +18,7 @@ from conftest import Agent, Database, Vault
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from postgrest import PostgREST, Response, base64url, jwt
+from postgrest_server import PostgREST, Response, base64url, jwt
 
 HEADER = "X-Kakunin-Cert-Serial"
 KAKUNIN = {"Content-Profile": "kakunin"}
