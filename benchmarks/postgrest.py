@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
-from postgrest import PostgREST
+from postgrest_server import PostgREST
 
 from kakunin_db import CertificateAuthority, LocalSigner
 from kakunin_db.migrate import migrate
