@@ -41,6 +41,7 @@ declare
   v_claim   text collate "C" := nullif(current_setting('request.jwt.claims', true), '')::json ->> 'kakunin_cert_serial';
   v_header  text collate "C" := nullif(current_setting('request.headers', true), '')::json ->> 'x-kakunin-cert-serial';
   v_serial  text collate "C";
+  v_binding text;
   v_hooked  boolean;
   v_is_hook boolean := current_query() collate "C" ~ '^select ("[^"]+"[.])?"[^"]+"[(][)]$';
   v_code    text;
@@ -53,7 +54,23 @@ begin
       perform set_config('kakunin.session', '', true);
     end if;
     return;
-  elsif v_claim is null then
+  elsif v_is_hook and v_header = v_claim is not false then
+    -- As almost every request has it: the canonical serial of a certificate that may be used. One statement, and the
+    -- claims stay as they are; whatever is otherwise goes on below.
+    select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || c.serial || '|x|0', true)
+      into v_binding
+      from kakunin_private.gateway_logins g, kakunin_private.session_keys k, kakunin_private.certificates c
+      join kakunin_private.agents a on a.agent_id = c.agent_id
+     where g.login = session_user and c.serial = v_claim
+       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id)
+       and k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+    if found and kakunin_private.mark_bound(v_binding, v_claim) then
+      perform set_config('kakunin.session', v_binding, true);
+      return;
+    end if;
+  end if;
+  if v_claim is null then
     perform kakunin_private.refuse_request(401, 'KA004',
       'the header X-Kakunin-Cert-Serial names a certificate and the token names none',
       'Send a token with the claim kakunin_cert_serial. The header by itself proves nothing.');

@@ -721,6 +721,44 @@ def test_the_articles_policy_is_bound_too(api: Api) -> None:
         api.database.run("app", "drop table agent_vault")
 
 
+def test_a_view_is_its_readers_only_as_security_invoker(api: Api) -> None:
+    """The owner of these is no owner of the table, so the policies apply; which, is up to who is asking."""
+    with api.database.cluster.connect(api.database.name, autocommit=True) as admin:
+        admin.execute("create view as_owner as select content from vault")
+        admin.execute("create view as_reader with (security_invoker = true) as select content from vault")
+        admin.execute("grant select on as_owner, as_reader to kakunin_agent, anon")
+    try:
+        api.rest.reload()
+        assert [r["content"] for r in api.get("as_reader", api.one)] == ["one-a", "one-b"]
+        assert api.get("as_reader") == []
+        assert len(api.get("as_owner")) == 5  # as docs/supabase-trust.md says of every view that is not
+    finally:
+        api.database.run("postgres", "drop view as_owner, as_reader")
+
+
+@pytest.mark.parametrize("hooked", [None, True, False])
+def test_a_service_that_sets_claims_itself(api: Api, hooked: bool | None) -> None:
+    """As Storage and Realtime do, from logins of their own: believed where the owner of the kit says so."""
+    with api.database.cluster.connect(autocommit=True) as admin:
+        admin.execute("create role storage_admin login noinherit")
+        admin.execute("grant kakunin_agent to storage_admin")
+    try:
+        if hooked is not None:
+            logins = ["authenticator", "storage_admin"]
+            api.database.run("installer", SET_LOGINS, [logins, logins[: 1 + hooked]])
+        with api.database.connect("storage_admin") as service:
+            service.execute(
+                "select set_config('role', 'kakunin_agent', true), set_config('request.jwt.claims', %s, true)",
+                [json.dumps({"kakunin_cert_serial": api.one.serial})],
+            )
+            rows = service.execute("select content from vault order by id").fetchall()
+            assert [row[0] for row in rows] == (["one-a", "one-b"] if hooked is False else [])
+    finally:
+        api.database.run("installer", SET_LOGINS, [["authenticator"]] * 2)
+        with api.database.cluster.connect(autocommit=True) as admin:
+            admin.execute("drop role storage_admin")
+
+
 def test_pre_request_on_a_direct_connection_binds_nothing(api: Api) -> None:
     claims = json.dumps({"kakunin_cert_serial": api.two.serial})
     with api.database.connect("agent_1", autocommit=True) as attacker:
