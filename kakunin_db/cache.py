@@ -185,7 +185,8 @@ def _own(answer: CertificateVerification) -> CertificateVerification:
     return dataclasses.replace(answer, financial_scope=copy.deepcopy(answer.financial_scope))
 
 
-def _required(answer: CertificateVerification) -> CertificateVerification:
+def required(answer: CertificateVerification) -> CertificateVerification:
+    """The answer, of a certificate that may be used now; raises the error of any other."""
     serial = answer.serial_number
     if answer.valid and answer.status == "active":
         return answer
@@ -419,7 +420,7 @@ class CertificateCache:
         Raises CertificateRevokedError, AgentSuspendedError, CertificateValidityError or
         UnknownCertificateError for any other, and what :meth:`status` raises.
         """
-        return _required(self.status(serial))
+        return required(self.status(serial))
 
     def clear(self) -> None:
         """Forgets every answer."""
@@ -531,7 +532,7 @@ class AsyncCertificateCache:
 
     async def require(self, serial: str | int) -> CertificateVerification:
         """See :meth:`CertificateCache.require`."""
-        return _required(await self.status(serial))
+        return required(await self.status(serial))
 
     def clear(self) -> None:
         """Forgets every answer."""

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import audit_commands, commands, webhook_commands
+from . import audit_commands, commands, export_commands, webhook_commands
 from .errors import BadInputError, KakuninError
 
 # Server states whose own message does not say what to do.
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _audit_commands(_group(groups, "audit", "the ledger: its key, its proofs, reading it out"))
     _worker_commands(groups)
     _webhook_commands(_group(groups, "webhooks", "who is told what was decided"))
+    _export_commands(_group(groups, "export", "the kit as files that others apply"))
     demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
     demo.set_defaults(run=_demo)
     return parser
@@ -373,6 +374,49 @@ def _other_commands(groups: Any) -> None:
         needs="nothing",
     )
     command.add_argument("path", metavar="PATH", help="a file; - for stdin")
+
+    command = _add(
+        groups,
+        "jwks",
+        commands.jwks,
+        "the public keys that verify agents' JWTs, as a JWK set",
+        needs="nothing",
+    )
+    command.add_argument(
+        "signers",
+        nargs="+",
+        metavar="URI",
+        help="a key: awskms:<key id, ARN or alias/...>, file:/path/key.pem or pkcs11:...;"
+        " of several, the one in use and those that are about to be or were",
+    )
+
+
+def _export_commands(group: Any) -> None:
+    for name, do, text, metavar, where in (
+        (
+            "supabase",
+            export_commands.export_supabase,
+            "write a migration for a Supabase project",
+            "FOLDER",
+            "default: supabase/migrations",
+        ),
+        (
+            "sql",
+            export_commands.export_sql,
+            "print the kit as one file for psql",
+            "FILE",
+            "write it there instead",
+        ),
+        (
+            "extension",
+            export_commands.export_extension,
+            "write the files that CREATE EXTENSION kakunin reads",
+            "FOLDER",
+            "the server's, $(pg_config --sharedir)/extension; default: this one",
+        ),
+    ):
+        command = _add(group, name, do, text, needs="nothing")
+        command.add_argument("--out", metavar=metavar, help=where.replace("%", "%%"))
 
 
 def _audit_commands(group: Any) -> None:

@@ -1,4 +1,5 @@
-"""What the commands about identity do and print: ``ca``, ``agent``, ``verify``, ``crl`` and ``model-hash``.
+"""What the commands about identity do and print: ``ca``, ``agent``, ``verify``, ``crl``, ``model-hash``
+and ``jwks``.
 
 cli.py reads the command line and reports what is raised here. A command that writes a file makes sure that it
 can before it does anything else, and never writes over one; ``crl`` alone replaces a list by a newer one.
@@ -890,4 +891,13 @@ def model_hash(options: argparse.Namespace) -> int:
         _answer(options, {"model_hash": value}, [])
     else:
         print(value)
+    return 0
+
+
+def jwks(options: argparse.Namespace) -> int:
+    from .signers import open_signer  # noqa: PLC0415
+    from .tokens import jwks as jwk_set  # noqa: PLC0415
+
+    # JSON with --json and without: there is no other form of it.
+    print(json.dumps(jwk_set([open_signer(uri).public_key() for uri in options.signers]), indent=2))
     return 0

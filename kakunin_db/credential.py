@@ -25,7 +25,7 @@ from .tickets import TicketCache
 _MAX_LIFETIME = 300
 
 
-def _base64url(data: bytes) -> str:
+def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
@@ -182,9 +182,9 @@ class AgentCredential:
             "exp": now + lifetime,
             "jti": secrets.token_urlsafe(24),
         }
-        message = ".".join(_base64url(json.dumps(part).encode()) for part in (header, claims))
+        message = ".".join(base64url(json.dumps(part).encode()) for part in (header, claims))
         signature = self.signer.sign(hashlib.sha256(message.encode()).digest())
-        return f"{message}.{_base64url(signature)}"
+        return f"{message}.{base64url(signature)}"
 
     def sign(self, payload: Payload) -> SignResult:
         """Signs a message as this agent; see :func:`sign_payload`."""

@@ -101,6 +101,10 @@ class WebhookVerificationError(KakuninError):
     """A received webhook is not signed with its endpoint's secret, too old, or malformed. No SQLSTATE."""
 
 
+class VerificationUnavailableError(KakuninError):
+    """A certificate could not be verified now: who decides on it did not answer. No SQLSTATE."""
+
+
 class SignerError(KakuninError):
     """A key cannot sign: denied, disabled, not found, of another kind, or another key signed. No SQLSTATE."""
 
@@ -128,17 +132,19 @@ _BY_SQLSTATE: dict[str, type[KakuninError]] = {
 
 
 def named(error: BaseException) -> KakuninError | None:
-    """The kit's error for a driver's or SQLAlchemy's exception; None where there is nothing to convert."""
+    """The kit's error for a driver's, SQLAlchemy's or PostgREST's client's exception; None where there is
+    nothing to convert."""
     if isinstance(error, KakuninError):
         return None
     original = getattr(error, "orig", None) or error  # SQLAlchemy keeps the driver's exception there
-    cls = _BY_SQLSTATE.get(getattr(original, "sqlstate", None) or "")
+    state = getattr(original, "sqlstate", None) or getattr(original, "code", None)
+    cls = with_sqlstate(state)
     return None if cls is None else cls(*_said(error))
 
 
-def error_of(code: str | None, message: str) -> KakuninError:
-    """The kit's error for a code in an answer, such as that of ``verify_agent_scope()``."""
-    return _BY_SQLSTATE.get(code or "", ScopeViolationError)(message)
+def with_sqlstate(state: object) -> type[KakuninError] | None:
+    """The class of one of the kit's states; None for any other."""
+    return _BY_SQLSTATE.get(state) if isinstance(state, str) else None
 
 
 def refused(error: BaseException) -> KakuninError | None:

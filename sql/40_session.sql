@@ -12,7 +12,8 @@
 --             may call it can become any agent: never grant kakunin_gateway to a login that runs SQL an
 --             agent wrote.
 --   Claims.   PostgREST verifies a JWT and puts its claims into request.jwt.claims. Anybody can set that
---             setting, so it is believed only where session_user is a configured gateway login.
+--             setting, so it is believed only where session_user is a configured gateway login, and where
+--             that login is hooked, only by pre_request() before the request's own SQL (46_postgrest.sql).
 --
 -- A ticket is    kkn1.<key>.<serial>.<issued>.<expires>.<mac>             (times in seconds since 1970)
 -- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
@@ -58,9 +59,11 @@ create index used_assertions_expires_at on kakunin_private.used_assertions (expi
 comment on table kakunin_private.used_assertions is
   'The jti of every assertion exchanged, until it has expired: a second exchange is a replay';
 
-create table kakunin_private.gateway_logins (login name primary key);
+create table kakunin_private.gateway_logins (login name primary key, hooked boolean not null default false);
 comment on table kakunin_private.gateway_logins is
   'Logins whose request.jwt.claims are believed, because only PostgREST connects as them';
+comment on column kakunin_private.gateway_logins.hooked is
+  'Believed by pre_request() alone: what SQL of the request sets later is not';
 
 -- As text, and not cast: the planner may work an expression out before the MAC in front of it is checked,
 -- and what a caller wrote need not be a number.
@@ -201,7 +204,7 @@ $$;
 comment on function kakunin.renew_installation() is
   'For a copy of a database: a new installation id and session key, so that no assertion, ticket or binding is good in both. Returns the id. For the owner alone';
 
-create function kakunin.set_gateway_logins(logins name[]) returns void
+create function kakunin.set_gateway_logins(logins name[], hooked name[] default '{}') returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -213,14 +216,20 @@ begin
     raise exception using errcode = 'KA010',
       message = format('%s is not a role that can log in', coalesce(quote_ident(v_unknown), 'NULL')),
       hint = 'Name the logins PostgREST connects as, such as authenticator, or give an empty array.';
+  elsif set_gateway_logins.hooked is null or not set_gateway_logins.hooked <@ set_gateway_logins.logins then
+    raise exception using errcode = 'KA010',
+      message = 'the hooked logins are some of the gateway logins',
+      hint = 'Hooked are those whose PostgREST has db-pre-request = kakunin.pre_request.';
   end if;
   delete from kakunin_private.gateway_logins;
-  insert into kakunin_private.gateway_logins select distinct l from unnest(set_gateway_logins.logins) l;
-  perform kakunin_private.record('settings.changed', null, jsonb_build_object('gateway_logins', to_jsonb(set_gateway_logins.logins)));
+  insert into kakunin_private.gateway_logins
+  select distinct l, l = any (set_gateway_logins.hooked) from unnest(set_gateway_logins.logins) l;
+  perform kakunin_private.record('settings.changed', null, jsonb_build_object(
+    'gateway_logins', to_jsonb(set_gateway_logins.logins), 'hooked', to_jsonb(set_gateway_logins.hooked)));
 end
 $$;
-comment on function kakunin.set_gateway_logins(name[]) is
-  'Sets the logins whose request.jwt.claims are believed. For the owner alone: who may call this can become any agent';
+comment on function kakunin.set_gateway_logins(name[], name[]) is
+  'Sets the logins whose request.jwt.claims are believed, and which of them only by pre_request(). For the owner alone: who may call this can become any agent';
 
 -- Reading a binding ---------------------------------------------------------------------------------
 
@@ -231,7 +240,7 @@ declare
   v_serial text;
 begin
   if p_claims is null or p_claims = ''
-    or not exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
+    or not exists (select from kakunin_private.gateway_logins g where g.login = session_user and not g.hooked) then
     return null;
   end if;
   -- No EXCEPTION block: a policy may call this in parallel mode, where Postgres before 17 has no
@@ -241,7 +250,7 @@ begin
 end
 $$;
 comment on function kakunin_private.serial_from_claims(text) is
-  'The kakunin_cert_serial claim, where session_user is a configured gateway login; otherwise NULL';
+  'The kakunin_cert_serial claim, where session_user is a configured gateway login that is not hooked; otherwise NULL';
 
 -- A binding is at most 250 characters; a longer one is refused before any work is spent on it.
 create function kakunin_private.bound_serial() returns text
@@ -473,6 +482,11 @@ language plpgsql volatile parallel unsafe
 as $$
 begin
   if not p_is_local then
+    if exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
+      raise exception using errcode = 'KA010',
+        message = format('a session of %s is not bound beyond a transaction: others use it next', quote_ident(session_user)),
+        hint = 'Bind each transaction: kakunin.bind_session(ticket).';
+    end if;
     perform kakunin_private.mark_session(p_serial, true);
   end if;
   return case when
@@ -533,21 +547,32 @@ $$;
 comment on function kakunin.bind_session(text, boolean) is
   'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only';
 
-create function kakunin.bind_serial(serial text) returns text
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+create function kakunin_private.bind_transaction(p_serial text) returns text
+language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_serial  text collate "C" := kakunin.normalize_serial(bind_serial.serial);
   v_binding text;
 begin
-  perform kakunin_private.check_certificate(v_serial);
-  select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || v_serial || '|x|0', true)
+  select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || p_serial || '|x|0', true)
     into v_binding from kakunin_private.session_keys k
    where k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
   if not found then
     perform kakunin_private.no_session_key();
   end if;
-  return kakunin_private.bind(v_serial, v_binding, true);
+  return kakunin_private.bind(p_serial, v_binding, true);
+end
+$$;
+comment on function kakunin_private.bind_transaction(text) is
+  'Binds this transaction to a serial, which the caller has found usable, without a ticket; returns the serial';
+
+create function kakunin.bind_serial(serial text) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text collate "C" := kakunin.normalize_serial(bind_serial.serial);
+begin
+  perform kakunin_private.check_certificate(v_serial);
+  return kakunin_private.bind_transaction(v_serial);
 end
 $$;
 comment on function kakunin.bind_serial(text) is

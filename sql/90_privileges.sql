@@ -21,6 +21,9 @@ grant execute on function
 
 grant execute on function kakunin.bind_serial(text) to kakunin_gateway;
 
+-- PostgREST calls it in the role of the request: the owner also grants it to every role that a token may name.
+grant execute on function kakunin.pre_request() to kakunin_agent, kakunin_gateway;
+
 grant execute on function
   kakunin.create_agent(text, text, text, text, text), kakunin.register_certificate(bytea, interval)
   to kakunin_registrar;

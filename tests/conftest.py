@@ -17,6 +17,7 @@ import psycopg
 import pytest
 from cluster import MAJORS, Cluster, binaries
 from cryptography.hazmat.primitives import serialization
+from postgrest_server import PostgREST, prepare, required
 
 from kakunin_db import AgentCertificate, AgentCredential, CertificateAuthority, LocalSigner
 from kakunin_db.resources import install_sql
@@ -318,6 +319,15 @@ def fresh_database(cluster: Cluster, template: str = "kit_template") -> Iterator
 def database(cluster: Cluster) -> Iterator[Database]:
     with fresh_database(cluster) as database:
         yield database
+
+
+@pytest.fixture(scope="module")
+def postgrest(database: Database) -> Iterator[PostgREST]:
+    """Over the module's database, with kakunin.pre_request() before every request."""
+    required()
+    prepare(database)
+    with PostgREST(database.cluster, database.name) as running:
+        yield running
 
 
 @dataclass

@@ -621,6 +621,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.bind_serial(%s)", [agent.serial]),
             ("select kakunin.current_cert_serial()", []),
             ("select kakunin.bind_serial('01:02')", []),
+            ("select kakunin.pre_request()", []),
         ],
         "registrar": [
             ("select kakunin.verify_certificate(%s)", [agent.serial]),
@@ -724,6 +725,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
         ],
         "installer": [
             ("select kakunin.set_gateway_logins('{authenticator}')", []),
+            ("select kakunin.set_gateway_logins('{authenticator}', '{authenticator}')", []),
             ("select kakunin.set_gateway_logins('{nobody_at_all}')", []),
             ("select kakunin.set_gateway_logins('{}')", []),
             ("select kakunin.renew_installation() is null", []),

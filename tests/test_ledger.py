@@ -610,7 +610,7 @@ def test_every_decision_is_an_entry(cluster: Cluster) -> None:
         run("installer", "select kakunin.set_gateway_logins('{authenticator}')")
         assert happened() == [
             ("key.rotated", None, {"key": "session", "grace": "01:00:00"}),
-            ("settings.changed", None, {"gateway_logins": ["authenticator"]}),
+            ("settings.changed", None, {"gateway_logins": ["authenticator"], "hooked": []}),
         ]
 
         run("operator", "select kakunin.trust_ca(%s)", [authority.der])

@@ -14,12 +14,18 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from ..credential import AgentCredential
 from ..errors import BadInputError
+from ..signers import Signer
+from ..tokens import AGENT_ROLE, LIFETIME, Minter, key_of
 from . import psycopg_, sqlalchemy_
 from .attempts import flush_attempts, recorder
 from .bearer import Bearer
 
 if TYPE_CHECKING:
+    import supabase
     from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+    from ..cache import AsyncCertificateCache, CertificateCache
+    from .supabase_ import BoundAsyncClient, BoundClient
 
 __all__ = ["bind_agent_session", "flush_attempts"]
 
@@ -90,12 +96,41 @@ def bind_agent_session(
     record_attempts: bool = ...,
     attempts_dsn: str | None = ...,
 ) -> AbstractAsyncContextManager[AsyncSession]: ...
+@overload
+def bind_agent_session(
+    client: supabase.Client,
+    credential_or_serial: _Who,
+    *,
+    jwt_secret: str | bytes | None = ...,
+    jwt_signer: Signer | str | None = ...,
+    jwt_key_id: str | None = ...,
+    role: str = ...,
+    audience: str | None = ...,
+    issuer: str | None = ...,
+    lifetime: int = ...,
+    certificates: CertificateCache | None = ...,
+) -> BoundClient: ...
+@overload
+def bind_agent_session(
+    client: supabase.AsyncClient,
+    credential_or_serial: _Who,
+    *,
+    jwt_secret: str | bytes | None = ...,
+    jwt_signer: Signer | str | None = ...,
+    jwt_key_id: str | None = ...,
+    role: str = ...,
+    audience: str | None = ...,
+    issuer: str | None = ...,
+    lifetime: int = ...,
+    certificates: AsyncCertificateCache | None = ...,
+) -> BoundAsyncClient: ...
 def bind_agent_session(
     client: Any,
     credential_or_serial: _Who,
     *,
     record_attempts: bool = True,
     attempts_dsn: str | None = None,
+    **supabase_options: Any,
 ) -> Any:
     """Binds every transaction on ``client`` to an agent's certificate, for as long as the block lasts.
 
@@ -118,11 +153,38 @@ def bind_agent_session(
     :param record_attempts: False leaves them unrecorded.
     :param attempts_dsn: where they are recorded; by default with what ``client`` is connected with.
 
+    **Supabase.** A ``supabase.Client`` or ``AsyncClient`` is left as it is, and a new one comes back whose
+    requests carry ``X-Kakunin-Cert-Serial`` and a JWT of the agent, renewed before it expires; it can be
+    used in a block, or closed. The certificate is verified first, and at each renewal, with a question to
+    the project or, where ``certificates`` is given, to that cache. An ``AsyncClient`` does so before its
+    first request, or at once where it is awaited: ``await bind_agent_session(...)``. The two keywords above
+    are not for Supabase, and these for nothing else:
+
+    :param jwt_secret: the project's JWT secret; signs with HS256. This or ``jwt_signer``.
+    :param jwt_signer: a signer, or its URI (:func:`open_signer`), whose JWKS the project trusts; RS256.
+    :param jwt_key_id: the ``kid``; by default none with a secret, and the key's RFC 7638 thumbprint.
+    :param role: the database's role for the requests; by default ``kakunin_agent``.
+    :param audience: ``aud``; by default ``authenticated``, and None leaves it out.
+    :param issuer: ``iss``; by default none.
+    :param lifetime: seconds that a token lives at most, 1 to 300.
+    :param certificates: an open ``CertificateCache``, or ``AsyncCertificateCache`` for an ``AsyncClient``.
+
     Raises the errors of :mod:`kakunin_db.errors`: when a transaction begins that cannot be bound
     (``UnknownCertificateError``, ``CertificateRevokedError``, ``CertificateValidityError``,
     ``CredentialRejectedError``, ``AgentSuspendedError``), ``BadInputError`` for a client it cannot bind,
-    and, in place of the driver's, any of the kit's that leaves the block.
+    and, in place of the driver's, any of the kit's that leaves the block. For Supabase the same, and
+    ``VerificationUnavailableError`` and ``SignerError``, also by the request that needed another token.
     """
+    if (library := sys.modules.get("supabase")) is not None:
+        for kind, name in ((library.Client, "bind"), (library.AsyncClient, "bind_async")):
+            if isinstance(client, kind):
+                if attempts_dsn is not None or not record_attempts:
+                    raise TypeError("attempts are not recorded for a client of Supabase's")
+                return _bound(client, credential_or_serial, name, **supabase_options)
+    if supabase_options:
+        raise TypeError(
+            f"bind_agent_session() takes {', '.join(supabase_options)} with a client of Supabase's only"
+        )
     if attempts_dsn is not None:
         try:
             conninfo_to_dict(attempts_dsn)
@@ -157,5 +219,27 @@ def bind_agent_session(
             return binder(client, bearer)
     raise BadInputError(
         f"cannot bind a {type(client).__module__}.{type(client).__qualname__}",
-        "Give psycopg's connection or pool, or SQLAlchemy's Connection, Engine, Session or sessionmaker.",
+        "Give psycopg's connection or pool, SQLAlchemy's Connection, Engine, Session or sessionmaker, or"
+        " Supabase's Client or AsyncClient.",
     )
+
+
+def _bound(
+    client: Any,
+    credential_or_serial: _Who,
+    binder: str,
+    *,
+    jwt_secret: str | bytes | None = None,
+    jwt_signer: Signer | str | None = None,
+    jwt_key_id: str | None = None,
+    role: str = AGENT_ROLE,
+    audience: str | None = "authenticated",
+    issuer: str | None = None,
+    lifetime: int = LIFETIME,
+    certificates: Any = None,
+) -> Any:
+    from . import supabase_  # noqa: PLC0415  (an extra)
+
+    key = key_of(jwt_secret, jwt_signer, jwt_key_id)
+    minter = Minter(key, role=role, audience=audience, issuer=issuer, lifetime=lifetime)
+    return getattr(supabase_, binder)(client, credential_or_serial, minter, certificates)

@@ -34,7 +34,7 @@ from ..errors import (
     SignerError,
     SignerUnavailableError,
     UnknownCertificateError,
-    error_of,
+    with_sqlstate,
 )
 from ..serials import normalize_serial
 from ..signers import KeyStore, Signer, open_keys, subject_key_id
@@ -709,7 +709,7 @@ def require_agent_scope(agent_id: AgentId | None, scopes: Sequence[str]) -> Step
     decisions = [_decision(row["decision"]) for row in rows if scopes]
     for decision in decisions:
         if decision.allowed is not True:
-            raise error_of(decision.code, decision.reason)
+            raise (with_sqlstate(decision.code) or ScopeViolationError)(decision.reason)
     # Permitted is what was answered, not what was not refused.
     if None in acting or len(acting) != 1 or [decision.action for decision in decisions] != list(scopes):
         raise CredentialRejectedError("the database has not answered what it was asked")
