@@ -37,7 +37,6 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import psycopg
 
-from .client import CertificateVerification
 from .client.connectors import AsyncConnector, Connector
 from .client.operations import VERIFY_CERTIFICATE, Query, verification
 from .conninfo import dsn_of, lasting
@@ -50,6 +49,7 @@ from .errors import (
     UnknownCertificateError,
 )
 from .logs import why
+from .results import CertificateVerification
 from .serials import normalize_serial
 
 if TYPE_CHECKING:

@@ -93,16 +93,12 @@ class PolicyViolationError(KakuninError):
 
 
 class VerificationUnavailableError(KakuninError):
-    """The database could not be asked, or did not answer in time: nothing is known, so nothing is permitted.
+    """Whether an agent may act could not be found out: nobody answered, or not in time. So it may not.
     No SQLSTATE."""
 
 
 class WebhookVerificationError(KakuninError):
     """A received webhook is not signed with its endpoint's secret, too old, or malformed. No SQLSTATE."""
-
-
-class VerificationUnavailableError(KakuninError):
-    """A certificate could not be verified now: who decides on it did not answer. No SQLSTATE."""
 
 
 class SignerError(KakuninError):

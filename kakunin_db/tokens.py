@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from .client.results import CertificateVerification
 from .credential import base64url
 from .errors import BadInputError, CertificateValidityError
+from .results import CertificateVerification
 from .signers import Signer, check_rsa_key, open_signer
 
 # Seconds. The longest life of an agent's token, and that of one that only asks about a certificate.

@@ -57,6 +57,7 @@ from kakunin_db import (
     UnknownCertificateError,
 )
 from kakunin_db import client as clients
+from kakunin_db import results
 from kakunin_db.ca import _der
 from kakunin_db.client import connectors, operations, write_receipt
 from kakunin_db.credential import sign_payload
@@ -306,7 +307,7 @@ def test_the_check_of_types_finds_what_is_wrong() -> None:
         assert not fits(dataclasses.replace(good_one, **wrong), clients.RevocationResult)
     assert not fits([1], tuple[str, ...])
     assert not fits((1,), tuple[str, ...])
-    assert not fits("other", clients.results.Status)
+    assert not fits("other", results.Status)
 
 
 # The whole life -----------------------------------------------------------------------------------------

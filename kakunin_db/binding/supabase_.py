@@ -35,7 +35,6 @@ from supabase.lib.client_options import AsyncClientOptions, SyncClientOptions
 from supabase_auth import AsyncMemoryStorage, SyncMemoryStorage
 
 from ..cache import AsyncCertificateCache, CertificateCache, required
-from ..client.results import CertificateVerification
 from ..credential import AgentCredential
 from ..errors import (
     BadInputError,
@@ -46,6 +45,7 @@ from ..errors import (
     with_sqlstate,
 )
 from ..logs import why
+from ..results import CertificateVerification
 from ..serials import normalize_serial
 from ..tokens import Minter, Token
 

@@ -15,11 +15,7 @@ import psycopg
 
 from ..ca import ONE_DAY
 from ..credential import AgentCredential, Payload, SignResult
-from ..signers import KeyStore
-from . import operations as ops
-from .connectors import AsyncConnector, Connector
-from .operations import AgentId, Setup
-from .results import (
+from ..results import (
     Agent,
     AgentRisk,
     AgentUpdate,
@@ -38,6 +34,10 @@ from .results import (
     ScopeDecision,
     write_receipt,
 )
+from ..signers import KeyStore
+from . import operations as ops
+from .connectors import AsyncConnector, Connector
+from .operations import AgentId, Setup
 
 if TYPE_CHECKING:
     from psycopg_pool import AsyncConnectionPool, ConnectionPool

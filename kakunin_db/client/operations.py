@@ -36,9 +36,7 @@ from ..errors import (
     UnknownCertificateError,
     with_sqlstate,
 )
-from ..serials import normalize_serial
-from ..signers import KeyStore, Signer, open_keys, subject_key_id
-from .results import (
+from ..results import (
     Agent,
     AgentRisk,
     AgentUpdate,
@@ -55,6 +53,8 @@ from .results import (
     RevocationResult,
     ScopeDecision,
 )
+from ..serials import normalize_serial
+from ..signers import KeyStore, Signer, open_keys, subject_key_id
 
 T = TypeVar("T")
 Rows = list[dict[str, Any]]

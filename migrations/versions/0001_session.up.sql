@@ -1619,7 +1619,8 @@ comment on view kakunin.authorities is 'Pinned certificate authorities, for whoe
 --             may call it can become any agent: never grant kakunin_gateway to a login that runs SQL an
 --             agent wrote.
 --   Claims.   PostgREST verifies a JWT and puts its claims into request.jwt.claims. Anybody can set that
---             setting, so it is believed only where session_user is a configured gateway login.
+--             setting, so it is believed only where session_user is a configured gateway login, and where
+--             that login is hooked, only by pre_request() before the request's own SQL (46_postgrest.sql).
 --
 -- A ticket is    kkn1.<key>.<serial>.<issued>.<expires>.<mac>             (times in seconds since 1970)
 -- A binding is        <key>|<serial>|<x or s>|<expires>|<mac>             in the setting kakunin.session
@@ -1665,9 +1666,11 @@ create index used_assertions_expires_at on kakunin_private.used_assertions (expi
 comment on table kakunin_private.used_assertions is
   'The jti of every assertion exchanged, until it has expired: a second exchange is a replay';
 
-create table kakunin_private.gateway_logins (login name primary key);
+create table kakunin_private.gateway_logins (login name primary key, hooked boolean not null default false);
 comment on table kakunin_private.gateway_logins is
   'Logins whose request.jwt.claims are believed, because only PostgREST connects as them';
+comment on column kakunin_private.gateway_logins.hooked is
+  'Believed by pre_request() alone: what SQL of the request sets later is not';
 
 -- As text, and not cast: the planner may work an expression out before the MAC in front of it is checked,
 -- and what a caller wrote need not be a number.
@@ -1808,7 +1811,7 @@ $$;
 comment on function kakunin.renew_installation() is
   'For a copy of a database: a new installation id and session key, so that no assertion, ticket or binding is good in both. Returns the id. For the owner alone';
 
-create function kakunin.set_gateway_logins(logins name[]) returns void
+create function kakunin.set_gateway_logins(logins name[], hooked name[] default '{}') returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -1820,14 +1823,20 @@ begin
     raise exception using errcode = 'KA010',
       message = format('%s is not a role that can log in', coalesce(quote_ident(v_unknown), 'NULL')),
       hint = 'Name the logins PostgREST connects as, such as authenticator, or give an empty array.';
+  elsif set_gateway_logins.hooked is null or not set_gateway_logins.hooked <@ set_gateway_logins.logins then
+    raise exception using errcode = 'KA010',
+      message = 'the hooked logins are some of the gateway logins',
+      hint = 'Hooked are those whose PostgREST has db-pre-request = kakunin.pre_request.';
   end if;
   delete from kakunin_private.gateway_logins;
-  insert into kakunin_private.gateway_logins select distinct l from unnest(set_gateway_logins.logins) l;
-  perform kakunin_private.record('settings.changed', null, jsonb_build_object('gateway_logins', to_jsonb(set_gateway_logins.logins)));
+  insert into kakunin_private.gateway_logins
+  select distinct l, l = any (set_gateway_logins.hooked) from unnest(set_gateway_logins.logins) l;
+  perform kakunin_private.record('settings.changed', null, jsonb_build_object(
+    'gateway_logins', to_jsonb(set_gateway_logins.logins), 'hooked', to_jsonb(set_gateway_logins.hooked)));
 end
 $$;
-comment on function kakunin.set_gateway_logins(name[]) is
-  'Sets the logins whose request.jwt.claims are believed. For the owner alone: who may call this can become any agent';
+comment on function kakunin.set_gateway_logins(name[], name[]) is
+  'Sets the logins whose request.jwt.claims are believed, and which of them only by pre_request(). For the owner alone: who may call this can become any agent';
 
 -- Reading a binding ---------------------------------------------------------------------------------
 
@@ -1838,7 +1847,7 @@ declare
   v_serial text;
 begin
   if p_claims is null or p_claims = ''
-    or not exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
+    or not exists (select from kakunin_private.gateway_logins g where g.login = session_user and not g.hooked) then
     return null;
   end if;
   -- No EXCEPTION block: a policy may call this in parallel mode, where Postgres before 17 has no
@@ -1848,7 +1857,7 @@ begin
 end
 $$;
 comment on function kakunin_private.serial_from_claims(text) is
-  'The kakunin_cert_serial claim, where session_user is a configured gateway login; otherwise NULL';
+  'The kakunin_cert_serial claim, where session_user is a configured gateway login that is not hooked; otherwise NULL';
 
 -- A binding is at most 250 characters; a longer one is refused before any work is spent on it.
 create function kakunin_private.bound_serial() returns text
@@ -2080,6 +2089,11 @@ language plpgsql volatile parallel unsafe
 as $$
 begin
   if not p_is_local then
+    if exists (select from kakunin_private.gateway_logins g where g.login = session_user) then
+      raise exception using errcode = 'KA010',
+        message = format('a session of %s is not bound beyond a transaction: others use it next', quote_ident(session_user)),
+        hint = 'Bind each transaction: kakunin.bind_session(ticket).';
+    end if;
     perform kakunin_private.mark_session(p_serial, true);
   end if;
   return case when
@@ -2140,21 +2154,32 @@ $$;
 comment on function kakunin.bind_session(text, boolean) is
   'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only';
 
-create function kakunin.bind_serial(serial text) returns text
-language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+create function kakunin_private.bind_transaction(p_serial text) returns text
+language plpgsql volatile parallel unsafe
 as $$
 declare
-  v_serial  text collate "C" := kakunin.normalize_serial(bind_serial.serial);
   v_binding text;
 begin
-  perform kakunin_private.check_certificate(v_serial);
-  select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || v_serial || '|x|0', true)
+  select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || p_serial || '|x|0', true)
     into v_binding from kakunin_private.session_keys k
    where k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
   if not found then
     perform kakunin_private.no_session_key();
   end if;
-  return kakunin_private.bind(v_serial, v_binding, true);
+  return kakunin_private.bind(p_serial, v_binding, true);
+end
+$$;
+comment on function kakunin_private.bind_transaction(text) is
+  'Binds this transaction to a serial, which the caller has found usable, without a ticket; returns the serial';
+
+create function kakunin.bind_serial(serial text) returns text
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text collate "C" := kakunin.normalize_serial(bind_serial.serial);
+begin
+  perform kakunin_private.check_certificate(v_serial);
+  return kakunin_private.bind_transaction(v_serial);
 end
 $$;
 comment on function kakunin.bind_serial(text) is
@@ -2844,6 +2869,121 @@ create view kakunin.crls with (security_barrier = true) as
   select l.key_id, l.number, l.this_update, l.next_update, cardinality(l.serials) as entries, l.published_at, l.published_by, l.der
     from kakunin_private.crls l;
 comment on view kakunin.crls is 'The newest revocation list of each authority, DER, for any node to serve. For all the kit''s roles';
+
+-- PostgREST: what runs before each of its requests, and what it answers an agent that may not go on.
+--
+-- PostgREST verifies a JWT, takes its role and puts its claims into request.jwt.claims. The policies do without
+-- what is below: a certificate that may not be used is nobody's (40_session.sql), and there are no rows. A client
+-- told "no rows" cannot know why, so pre_request(), configured as db-pre-request, looks first and says it:
+--
+--   401  the header X-Kakunin-Cert-Serial does not name the certificate that the token names
+--   403  the token's certificate may not be used now; the error's code is the KA... that says why
+--
+-- Requests without the claim and without the header are none of its business and pass.
+--
+-- It also binds the transaction to the certificate, before any of the request's own SQL. Where the login is hooked
+-- (set_gateway_logins()) nothing else believes the claims: a function that runs SQL its caller wrote can set them to
+-- another agent's, and gets no rows for it. For that the hook itself must not be such SQL's to call again, so it
+-- binds only where it is the whole of the statement that the client sent, `select "kakunin"."pre_request"()` or a
+-- function of the project's that calls it. PostgREST's other statements begin with WITH, and the names in them are
+-- all that a request contributes to their text.
+--
+-- What SQL of the caller's can still do there is what PostgREST's login can do: `set role` to any role that the
+-- login is a member of, service_role with its BYPASSRLS among them. See docs/supabase-trust.md.
+
+create function kakunin_private.refuse_request(p_status integer, p_code text, p_message text, p_hint text) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  -- PostgREST makes its answer of these two (docs.postgrest.org, "Errors: RAISE errors with HTTP status codes").
+  raise exception using errcode = 'PGRST',
+    message = json_build_object('code', p_code, 'message', p_message, 'details', null, 'hint', p_hint)::text,
+    detail = json_build_object('status', p_status, 'headers', case p_status
+      when 401 then json_build_object('WWW-Authenticate', 'Bearer error="invalid_token"')  -- RFC 6750 section 3
+      else json_build_object() end)::text;
+end
+$$;
+comment on function kakunin_private.refuse_request(integer, text, text, text) is
+  'Ends the request with this HTTP status and PostgREST''s JSON error';
+
+create function kakunin.pre_request() returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_claim   text collate "C" := nullif(current_setting('request.jwt.claims', true), '')::json ->> 'kakunin_cert_serial';
+  v_header  text collate "C" := nullif(current_setting('request.headers', true), '')::json ->> 'x-kakunin-cert-serial';
+  v_serial  text collate "C";
+  v_binding text;
+  v_hooked  boolean;
+  v_is_hook boolean := current_query() collate "C" ~ '^select ("[^"]+"[.])?"[^"]+"[(][)]$';
+  v_code    text;
+  v_message text;
+  v_hint    text;
+begin
+  if v_claim is null and v_header is null then
+    -- PostgREST's sessions are shared, and SQL of an earlier request's may have left something.
+    if v_is_hook and current_setting('kakunin.session', true) <> '' then
+      perform set_config('kakunin.session', '', true);
+    end if;
+    return;
+  elsif v_is_hook and v_header = v_claim is not false then
+    -- As almost every request has it: the canonical serial of a certificate that may be used. One statement, and the
+    -- claims stay as they are; whatever is otherwise goes on below.
+    select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || c.serial || '|x|0', true)
+      into v_binding
+      from kakunin_private.gateway_logins g, kakunin_private.session_keys k, kakunin_private.certificates c
+      join kakunin_private.agents a on a.agent_id = c.agent_id
+     where g.login = session_user and c.serial = v_claim
+       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id)
+       and k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+    if found and kakunin_private.mark_bound(v_binding, v_claim) then
+      perform set_config('kakunin.session', v_binding, true);
+      return;
+    end if;
+  end if;
+  if v_claim is null then
+    perform kakunin_private.refuse_request(401, 'KA004',
+      'the header X-Kakunin-Cert-Serial names a certificate and the token names none',
+      'Send a token with the claim kakunin_cert_serial. The header by itself proves nothing.');
+  end if;
+  select g.hooked into v_hooked from kakunin_private.gateway_logins g where g.login = session_user;
+  if not found then
+    perform kakunin_private.refuse_request(403, 'KA004',
+      format('the claims that %s brings are not believed', quote_ident(session_user)),
+      'The owner of the kit names PostgREST''s login: kakunin.set_gateway_logins().');
+  elsif v_hooked and not v_is_hook then
+    perform kakunin_private.refuse_request(403, 'KA004',
+      'pre_request() binds only as the whole of a statement, which a request''s own SQL is not',
+      'Name it, or a function of yours that calls it, in PostgREST''s db-pre-request.');
+  end if;
+  begin
+    v_serial := kakunin.normalize_serial(v_claim);
+    if v_header is not null and kakunin.normalize_serial(v_header) <> v_serial then
+      v_serial := null;
+    end if;
+  exception when sqlstate 'KA010' then
+    v_serial := null;
+  end;
+  if v_serial is null then
+    perform kakunin_private.refuse_request(401, 'KA004',
+      'the header X-Kakunin-Cert-Serial does not name the certificate that the token names',
+      'Send the serial of the claim kakunin_cert_serial, as upper-case hex bytes joined by colons, or no header.');
+  end if;
+  begin
+    perform kakunin_private.check_certificate(v_serial);
+  exception when sqlstate 'KA001' or sqlstate 'KA002' or sqlstate 'KA003' or sqlstate 'KA008' then
+    get stacked diagnostics v_code = returned_sqlstate, v_message = message_text, v_hint = pg_exception_hint;
+  end;
+  if v_code is not null then
+    perform kakunin_private.refuse_request(403, v_code, v_message, v_hint);
+  elsif v_is_hook then
+    perform kakunin_private.bind_transaction(v_serial);
+  end if;
+end
+$$;
+comment on function kakunin.pre_request() is
+  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 401 for a header that is not the claim''s';
 
 -- Policies: putting row-level security on a table of yours.
 --
@@ -6235,6 +6375,9 @@ grant execute on function
   to kakunin_agent, kakunin_gateway;
 
 grant execute on function kakunin.bind_serial(text) to kakunin_gateway;
+
+-- PostgREST calls it in the role of the request: the owner also grants it to every role that a token may name.
+grant execute on function kakunin.pre_request() to kakunin_agent, kakunin_gateway;
 
 grant execute on function
   kakunin.create_agent(text, text, text, text, text), kakunin.register_certificate(bytea, interval)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from ..ca import ALGORITHM
+from .ca import ALGORITHM
 
 Band = Literal["low", "medium", "high", "critical"]
 Status = Literal["active", "revoked", "expired", "not_yet_valid", "suspended", "unknown"]
