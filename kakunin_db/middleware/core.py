@@ -289,10 +289,10 @@ def admit(rules: Rules, request: Request, outer: Any = None) -> Steps:
     assertion) is not used a second time for the same agent and the same kind of proof.
     """
     method = request.method.upper()  # as frameworks see it, whatever was sent
-    path = request.path
-    if is_ambiguous(path) or not path.startswith("/"):
+    paths = _paths(request)
+    if any(is_ambiguous(path) or not path.startswith("/") for path in paths):
         raise Refused(400, "ambiguous_path", "A path has no empty segments, dot segments or backslashes.")
-    if path in rules.public:
+    if paths <= rules.public:
         return None
     serial = _serial(request)
     certificate: CertificateVerification = yield Status(serial)
@@ -309,13 +309,16 @@ def admit(rules: Rules, request: Request, outer: Any = None) -> Steps:
         # Proof takes time: content may come slowly. What counts is how the certificate is now.
         certificate = yield Status(serial)
         check(certificate, serial)
-    wanted = rules.scopes(method, path)
-    if wanted is None:
-        raise Refused(403, "scope_violation", "No scope is named for this path, so nobody may use it.")
+    wanted: list[str] = []
+    for path in paths:
+        scopes = rules.scopes(method, path)
+        if scopes is None:
+            raise Refused(403, "scope_violation", "No scope is named for this path, so nobody may use it.")
+        wanted += [scope for scope in scopes if scope not in wanted]
     missing = [scope for scope in wanted if not permits(certificate.permitted_actions, scope)]
     if missing:
         message = f"The certificate does not permit {', '.join(missing)}."
-        raise Refused(403, "scope_violation", message, required=list(wanted))
+        raise Refused(403, "scope_violation", message, required=wanted)
     return VerifiedAgent(serial, ticket, rules.proof, certificate)
 
 
@@ -423,16 +426,21 @@ def rejected(error: KakuninError) -> Refused:
     return refusal(error) or unavailable()
 
 
-def sent_path(request: Request) -> str:
-    """The path as the agent wrote it, which is what it has signed. Raises Refused.
+def _paths(request: Request) -> set[str]:
+    """The path that is routed by, and the one that was sent where that is another: some frameworks take away
+    what an application is mounted on before a middleware sees it. Rules are for both."""
+    paths = {request.path}
+    if request.raw_path is not None:
+        paths.add(urllib.parse.unquote(request.raw_path, errors="surrogateescape"))
+    return paths
 
-    Where the server does not say it, or says another than is routed by, it is the routed one in its plainest
-    encoding: what is verified is in each case what the application acts on.
-    """
+
+def sent_path(request: Request) -> str:
+    """The path as the agent wrote it, which is what it has signed; where the server does not say it, the
+    routed one in its plainest encoding. Raises Refused."""
     raw = request.raw_path
-    routed = request.path.encode("utf-8", "surrogateescape")
-    if raw is None or urllib.parse.unquote_to_bytes(raw) != routed:
-        raw = urllib.parse.quote(routed, safe="/!$&'()*+,;=:@-._~")
+    if raw is None:
+        raw = urllib.parse.quote(request.path.encode("utf-8", "surrogateescape"), safe="/!$&'()*+,;=:@-._~")
     if "#" in raw or "?" in raw or "#" in request.query:
         raise Refused(400, "malformed_request", "A request's target has no fragment.")
     return raw

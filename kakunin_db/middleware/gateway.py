@@ -286,6 +286,12 @@ class _Here:
         if not task.cancelled():
             task.exception()  # seen, also where nobody waits any more
 
+    def abandon(self) -> None:
+        """Once the loop is closed, which can close nothing itself any more."""
+        for connector in (self.connector, self.cache._connector):
+            if connector._own is not None:
+                connector._own.pgconn.finish()
+
 
 class AsyncGateway:
     """:class:`Gateway` for asyncio, with a DSN or an ``AsyncConnectionPool``."""
@@ -322,8 +328,7 @@ class AsyncGateway:
             if self._process != os.getpid():
                 self._loops.clear()
             self._process = os.getpid()
-            for ended in [other for other in self._loops if other.is_closed()]:
-                del self._loops[ended]
+            self._abandon()
             cache = AsyncCertificateCache(self._target, **self._options)
             return self._loops.setdefault(loop, _Here(cache, AsyncConnector(self._target)))
 
@@ -398,11 +403,16 @@ class AsyncGateway:
     async def close(self) -> None:
         """Ends listening and closes its connections; every request afterwards is refused."""
         self._closed = True
+        self._abandon()
         if (here := self._loops.pop(asyncio.get_running_loop(), None)) is not None:
             for task in list(here.waiting):
                 task.cancel()
             await here.cache.close()
             await here.connector.close()
+
+    def _abandon(self) -> None:
+        for ended in [loop for loop in self._loops if loop.is_closed()]:
+            self._loops.pop(ended).abandon()
 
 
 async def _no_content(limit: int) -> bytes | None:
