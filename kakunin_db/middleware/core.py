@@ -41,6 +41,7 @@ _PROOFS: Final = ("serial", "signature", "assertion")
 # Of an assertion, in SQL (kakunin.open_session).
 _LONGEST_ASSERTION = 8192
 
+_AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]|//|/\.\.?(?:/|\Z)")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 
 
@@ -273,10 +274,7 @@ def _rule(key: str, scopes: str | Iterable[str]) -> _Rule:
 def is_ambiguous(path: str) -> bool:
     """Whether two parts of a system could take it for different places: a proxy or framework that merges
     slashes, resolves dots or takes a backslash for a slash, and a rule that does not."""
-    if any(c < " " or c in "\\\x7f" for c in path):
-        return True
-    inner = path.split("/")[1:]
-    return "" in inner[:-1] or "." in inner or ".." in inner
+    return _AMBIGUOUS.search(path) is not None
 
 
 # The decision ----------------------------------------------------------------------------------------
@@ -430,7 +428,7 @@ def _paths(request: Request) -> set[str]:
     """The path that is routed by, and the one that was sent where that is another: some frameworks take away
     what an application is mounted on before a middleware sees it. Rules are for both."""
     paths = {request.path}
-    if request.raw_path is not None:
+    if request.raw_path is not None and request.raw_path != request.path:
         paths.add(urllib.parse.unquote(request.raw_path, errors="surrogateescape"))
     return paths
 
