@@ -183,7 +183,8 @@ async def asgi(cluster: Cluster, slots: list[list[str]], agents: dict[str, str],
 def environ_of(serial: str) -> dict[str, Any]:
     return {
         "REQUEST_METHOD": "GET", "SCRIPT_NAME": "", "PATH_INFO": "/orders/1", "QUERY_STRING": "",
-        "SERVER_NAME": "gateway.test", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_ACCEPT": "*/*",
+        "SERVER_NAME": "gateway.test", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
+        "HTTP_ACCEPT": "*/*",
         "HTTP_HOST": "gateway.test", "HTTP_X_KAKUNIN_CERT_SERIAL": serial, "wsgi.input": io.BytesIO(),
         "wsgi.errors": sys.stderr, "wsgi.url_scheme": "http", "RAW_URI": "/orders/1",
     }  # fmt: skip

@@ -511,6 +511,7 @@ async def test_a_lifespan_closes_the_gateway_that_the_middleware_made(database: 
         if scope["type"] == "lifespan":
             await receive()
             await receive()
+            await send({"type": "lifespan.shutdown.complete"})
 
     app = KakuninMiddleware(inner, database.dsn("gateway"), proof="serial")
     messages: asyncio.Queue[Any] = asyncio.Queue()

@@ -47,11 +47,13 @@ class KakuninMiddleware:
             raise RuntimeError(f"kakunin: {kind!r} cannot be verified, so it is not passed on")
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            if self._owned:
+        async def closing(message: Message) -> None:
+            # Before the server hears of it: then it ends the event loop, and with it whatever is under way.
+            if self._owned and message["type"].startswith("lifespan.shutdown."):
                 await self.gateway.close()
+            await send(message)
+
+        await self.app(scope, receive, closing)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         content = _Content(receive)
