@@ -347,6 +347,22 @@ async def test_a_preflight_is_a_request_like_any_other(framework: str, database:
         assert app.ran == []
 
 
+async def test_around_the_whole_of_litestar(database: Database) -> None:
+    agent = database.agent(permitted_actions=["site:use"])
+    async with site("litestar", database) as app:
+        gateway = AsyncGateway(database.dsn("gateway"))
+        rules = {"proof": "serial", "scopes": {"/whoami": "site:use", "/mounted/whoami": ()}}
+        app.app = KakuninMiddleware(app.app, gateway, **rules)
+        assert (await app.send("GET", "/whoami", serial_of(agent))).json["serial"] == agent.serial
+        assert (await app.send("GET", "/mounted/whoami", serial_of(agent))).json["serial"] == agent.serial
+        app.ran.clear()
+        for method, path in (("GET", "//whoami"), ("OPTIONS", "/nowhere"), ("GET", "/mounted/x")):
+            assert (await app.send(method, path, serial_of(agent))).status in (400, 403)
+        assert (await app.send("GET", "/nowhere")).outcome == (401, "missing_cert_serial")
+        assert app.ran == []
+        await gateway.close()
+
+
 async def test_with_cors_before_it_preflights_are_answered_and_refusals_can_be_read(
     database: Database,
 ) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 import websockets.exceptions
-from conftest import Agent, Database
+from cluster import Cluster, free_port
+from conftest import Agent, Database, fresh_database
 from gateways import SERIAL
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -20,6 +27,9 @@ from kakunin_db.middleware.asgi import KakuninMiddleware as ASGIMiddleware
 from kakunin_db.middleware.signature import sign_request
 from kakunin_db.middleware.wsgi import AGENT, read_content
 from kakunin_db.middleware.wsgi import KakuninMiddleware as WSGIMiddleware
+from kakunin_db.resources import install_sql, sql_dir
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:websockets", "ignore::DeprecationWarning:uvicorn"
@@ -148,7 +158,8 @@ def test_no_way_of_writing_a_request_gets_around_it(serve: Any, database: Databa
             assert (headers, status in (0, 400, 401, 403)) == (headers, True), answer
         for target in (
             "/closed", "//closed", "/./closed", "/open/../closed", "/%63losed", "/open/%2e%2e/closed",
-            "/closed/", "/closed#/open", "/closed?/open", "/Closed", "/open/..%5cclosed", "http://gateway.test/closed",
+            "/closed/", "/closed#/open", "/closed?/open", "/Closed", "/open/..%5cclosed",
+            "http://gateway.test/closed",
             "//closed/open", "/;/closed", "/closed;open", "/closed%00",
             "*", "closed",
         ):  # fmt: skip
@@ -250,3 +261,51 @@ def revoke(agent: Agent, server: Server) -> None:
     """And waits until it is known."""
     agent.revoke()
     time.sleep(0.5)
+
+
+def test_the_example_serves_an_agent_until_it_is_revoked(cluster: Cluster, tmp_path: Path) -> None:
+    environment = {**os.environ, "KAKUNIN_KEY_PASSWORD": "correct horse"}
+
+    def run(script: str, *arguments: str) -> str:
+        command = [sys.executable, EXAMPLES / script, *arguments]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with fresh_database(cluster, "template1") as database:
+        with database.connect("installer") as installer:
+            installer.execute(install_sql())
+        database.run("app", (sql_dir() / "policies" / "agent_vault.sql").read_text())
+        database.run("app", "grant select, insert on agent_vault to kakunin_gateway")
+        printed = run("register_agent.py", database.dsn("installer"), "atlas", "vault:read", "vault:write")
+        serial = dict(line.split(maxsplit=1) for line in printed.splitlines())["serial"]
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "uvicorn", "--app-dir", EXAMPLES / "gateway", "server:app"]
+        server = subprocess.Popen(
+            [*command, "--port", str(port), "--log-level", "warning"],
+            env={**environment, "GATEWAY_DSN": database.dsn("gateway"), "PUBLIC_URL": url},
+        )
+        try:
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/healthz") as answer:
+                    assert answer.read() == b'"ok"'
+                    break
+                time.sleep(0.1)
+            assert run("gateway/agent.py", url, "atlas.pem").splitlines() == [
+                '200 "written"', '200 ["by way of the gateway"]',
+            ]  # fmt: skip
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(f"{url}/vault", headers={SERIAL: serial}))
+            assert (refused.value.code, b"missing_signature" in refused.value.read()) == (401, True)
+            refused.value.close()
+            database.run("operator", "select kakunin.revoke_certificate(%s)", [serial])
+            time.sleep(0.5)
+            said = run("gateway/agent.py", url, "atlas.pem")
+            assert said.count("403") == said.count("agent_revoked") == 2
+        finally:
+            server.terminate()
+            server.wait(10)
