@@ -104,7 +104,7 @@ class SignatureRules:
         covered = " ".join(f'"{name}"' for name in (*_COVERED, "content-digest"))
         self._accepted = (
             "Accept-Signature",
-            f'{_LABEL}=({covered});created;keyid;alg="rsa-v1_5-sha256";nonce;tag="{TAG}"',
+            f'{_LABEL}=({covered});created;alg="rsa-v1_5-sha256";tag="{TAG}"',
         )
 
     def verify(self, request: Request, serial: str) -> Generator[Step, Any, None]:
