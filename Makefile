@@ -142,7 +142,7 @@ demo: $(READY)
 	@$(BIN)/kakunin-db demo
 
 bench: $(READY) postgrest
-	@for script in append cache ledger session verify risk postgrest; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
+	@for script in append cache ledger middleware session verify risk postgrest; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
 
 # A released revision is never rewritten; a second one is written by hand, as docs/migrations.md says.
 freeze: $(READY)

@@ -422,6 +422,12 @@ class CertificateCache:
         """
         return required(self.status(serial))
 
+    def kept(self, serial: str | int) -> CertificateVerification | None:
+        """The answer :meth:`status` would give without asking, waiting for nobody; None where it would
+        ask."""
+        found = self._answers.find(normalize_serial(serial))
+        return _own(found) if isinstance(found, CertificateVerification) else None
+
     def clear(self) -> None:
         """Forgets every answer."""
         self._answers.hear([b""])
@@ -533,6 +539,12 @@ class AsyncCertificateCache:
     async def require(self, serial: str | int) -> CertificateVerification:
         """See :meth:`CertificateCache.require`."""
         return required(await self.status(serial))
+
+    def kept(self, serial: str | int) -> CertificateVerification | None:
+        """The answer :meth:`status` would give without asking, waiting for nobody; None where it would
+        ask."""
+        found = self._answers.find(normalize_serial(serial))
+        return _own(found) if isinstance(found, CertificateVerification) else None
 
     def clear(self) -> None:
         """Forgets every answer."""

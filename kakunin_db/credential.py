@@ -77,6 +77,11 @@ def _could_be_assertion(message: bytes) -> bool:
         return True
 
 
+def _could_be_request(message: bytes) -> bool:
+    """Whether these bytes end like the signature base of an HTTP message (RFC 9421 section 2.5)."""
+    return b'\n"@signature-params": ' in b"\n" + message
+
+
 def _could_be_certificate(message: bytes) -> bool:
     """Whether this is one DER structure that begins like what is signed of a certificate or a request for
     one, of a revocation list, or of an answer about one (RFC 5280, 2986, 6960)."""
@@ -100,15 +105,20 @@ def _is_text(message: bytes) -> bool:
 def sign_payload(signer: Signer, serial: str, payload: Payload) -> SignResult:
     """Signs with an agent's key, so that ``kakunin.verify_message()`` and openssl can check it.
 
-    :raises BadInputError: the payload could be a session assertion, or a certificate to be signed. Signing
-        whatever somebody hands in would otherwise give them a session as this agent, or a certificate, should
-        an authority's key be taken for the agent's.
+    :raises BadInputError: the payload could be a session assertion, a signed HTTP request, or a certificate
+        to be signed. Signing whatever somebody hands in would otherwise give them a session or a request as
+        this agent, or a certificate, should an authority's key be taken for the agent's.
     :raises SignerError: the key could not sign.
     """
     message = payload_bytes(payload)
     if _could_be_assertion(message):
         raise BadInputError(
             "this payload could be a session assertion, and a message is never signed as one",
+            "Sign a mapping that holds it, or its hash.",
+        )
+    if _could_be_request(message):
+        raise BadInputError(
+            "this payload could be a signed HTTP request, and a message is never signed as one",
             "Sign a mapping that holds it, or its hash.",
         )
     if _could_be_certificate(message):

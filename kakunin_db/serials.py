@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from .errors import BadInputError
@@ -17,8 +18,13 @@ def normalize_serial(serial: str | int) -> str:
     not a positive number of at most 20 octets (RFC 5280 section 4.1.2.2).
     """
     text = f"{serial:x}" if isinstance(serial, int) else serial
+    return _normalized(str.__str__(text) if isinstance(text, str) else None)
+
+
+@functools.lru_cache(4096)  # gateways see the same few again and again
+def _normalized(text: str | None) -> str:
     # ASCII only, before upper(), which turns other letters into A to F as well.
-    if isinstance(text, str) and text.isascii() and len(text) <= 100:
+    if text is not None and text.isascii() and len(text) <= 100:
         text = re.sub(r"\A0[xX]", "", text.strip(" ")).upper()
         if _SEPARATED.fullmatch(text) or _PLAIN.fullmatch(text):
             digits = re.sub("[: -]", "", text).lstrip("0")

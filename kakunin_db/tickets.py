@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,17 @@ class Ticket:
     @property
     def fresh(self) -> bool:
         return time.monotonic() < self.renew_at
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whom a gateway has admitted: a serial, and the ticket that the agent's own proof was given, if it was.
+
+    A ticket is a bearer secret, so it is in no representation of this.
+    """
+
+    serial: str
+    ticket: Ticket | None = field(default=None, repr=False)
 
 
 class TicketCache:

@@ -743,6 +743,18 @@ $$;
 comment on function kakunin.verify_certificate(text) is
   'Whether a certificate may be used now (valid), its status (active, revoked, expired, not_yet_valid, suspended, unknown), and what it says of its agent. For all the kit''s roles';
 
+create function kakunin.certificate_der(serial text) returns bytea
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text collate "C" := kakunin.normalize_serial(certificate_der.serial);
+begin
+  return (select c.der from kakunin_private.certificates c where c.serial = v_serial);
+end
+$$;
+comment on function kakunin.certificate_der(text) is
+  'A registered certificate, whatever its status, or NULL: for who checks signatures of its key outside the database. For all the kit''s roles';
+
 create function kakunin.verify_message(serial text, payload bytea, signature bytea) returns jsonb
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$

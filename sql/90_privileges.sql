@@ -31,7 +31,7 @@ grant execute on function
 grant execute on function kakunin.update_agent(uuid, text, text, text, text, text) to kakunin_registrar, kakunin_operator;
 
 -- Verification tells what a certificate says, which its holder shows to everybody.
-grant execute on function kakunin.verify_certificate(text), kakunin.verify_message(text, bytea, bytea) to
+grant execute on function kakunin.verify_certificate(text), kakunin.certificate_der(text), kakunin.verify_message(text, bytea, bytea) to
   kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
 
 grant select on kakunin.authorities, kakunin.crls to

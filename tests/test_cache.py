@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime as dt
 import gc
 import inspect
@@ -139,8 +140,11 @@ async def test_an_answer_is_kept_and_copied(make: Any, database: Database) -> No
         again = await cache.require(form)
         assert again.financial_scope == {"limits": {"usd": 1}}
         again.financial_scope.clear()
+    assert cache.cache.kept(plain) == dataclasses.replace(first, financial_scope={"limits": {"usd": 1}})
     assert cache.queries == 1
     cache.cache.clear()
+    assert cache.cache.kept(agent.serial) is None
+    assert cache.queries == 1
     await cache.require(agent.serial)
     assert cache.queries == 2
 

@@ -625,6 +625,8 @@ def servers_calls(login: str, agent: Agent) -> Calls:
         ],
         "registrar": [
             ("select kakunin.verify_certificate(%s)", [agent.serial]),
+            ("select pg_catalog.length(kakunin.certificate_der(%s))", [agent.serial]),
+            ("select kakunin.certificate_der('01:02')", []),
             ("select kakunin.verify_message(%s, 'payload', %s)", [agent.serial, signature]),
             ("select kakunin.create_agent('x', 't') is null", []),
             ("select kakunin.create_agent('')", []),

@@ -55,9 +55,9 @@ from kakunin_db import (
     SignerError,
     SignerUnavailableError,
     UnknownCertificateError,
+    results,
 )
 from kakunin_db import client as clients
-from kakunin_db import results
 from kakunin_db.ca import _der
 from kakunin_db.client import connectors, operations, write_receipt
 from kakunin_db.credential import sign_payload

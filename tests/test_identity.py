@@ -921,6 +921,7 @@ MAY_CALL = {
     "require_scope(text)": {"agent", "gateway"},
     "bind_serial(text)": {"gateway"},
     "verify_certificate(text)": ALL,
+    "certificate_der(text)": ALL,
     "verify_message(text,bytea,bytea)": ALL,
     "create_agent(text,text,text,text,text)": {"registrar"},
     "register_certificate(bytea,interval)": {"registrar"},

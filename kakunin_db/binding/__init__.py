@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from ..credential import AgentCredential
 from ..errors import BadInputError
 from ..signers import Signer
+from ..tickets import Admission
 from ..tokens import AGENT_ROLE, LIFETIME, Minter, key_of
 from . import psycopg_, sqlalchemy_
 from .attempts import flush_attempts, recorder
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bind_agent_session", "flush_attempts"]
 
-_Who = AgentCredential | str
+_Who = AgentCredential | Admission | str
 
 
 @overload
@@ -140,7 +141,8 @@ def bind_agent_session(
 
     With an :class:`AgentCredential` the agent's key proves who it is. With a serial, the login must hold
     ``kakunin_gateway``, and the database takes the caller's word for it: only for server code that has
-    verified its caller and sends no SQL an agent wrote.
+    verified its caller and sends no SQL an agent wrote. What :mod:`kakunin_db.middleware` puts on a request
+    is bound by the ticket for the agent's assertion where it has one, and by serial otherwise.
 
     On a psycopg connection in autocommit mode the binding is the session's until its ticket expires;
     never use that through a pooler in transaction mode.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..credential import AgentCredential
 from ..errors import CredentialRejectedError, KakuninError, refused
 from ..serials import normalize_serial
-from ..tickets import Ticket
+from ..tickets import Admission, Ticket
 
 if TYPE_CHECKING:
     from .attempts import Recorder
@@ -81,22 +81,27 @@ Steps = Generator[Step, Any, None]
 
 
 class Bearer:
-    """Who a session is bound for: an agent's credential, or a serial on a gateway's word."""
+    """Who a session is bound for: an agent's credential, or a serial on a gateway's word or by the ticket the
+    gateway was given for the agent's assertion."""
 
     def __init__(
         self,
-        credential_or_serial: AgentCredential | str,
+        credential_or_serial: AgentCredential | Admission | str,
         *,
         recorder: Recorder | None = None,
         attempts_dsn: str | None = None,
     ) -> None:
         self._recorder = recorder
         self.attempts_dsn = attempts_dsn
+        self.credential: AgentCredential | None = None
+        self._ticket: Ticket | None = None  # the one there is: nothing here could get another
         if isinstance(credential_or_serial, AgentCredential):
-            self.credential: AgentCredential | None = credential_or_serial
+            self.credential = credential_or_serial
+            self.serial = credential_or_serial.serial
+        elif isinstance(credential_or_serial, Admission):
+            self._ticket = credential_or_serial.ticket
             self.serial = credential_or_serial.serial
         else:
-            self.credential = None
             self.serial = normalize_serial(credential_or_serial)
 
     def refused(
@@ -154,9 +159,9 @@ class Bearer:
 
     def bind(self, address: str, login: str, *, to_session: bool = False, with_begin: bool = False) -> Query:
         """The statement that binds; a ticket must be in the cache."""
-        if self.credential is None:
+        if self.credential is None and self._ticket is None:
             return Query(BIND_SERIAL, self.serial, with_begin, self.serial)
-        ticket = self.cached(address, login)
+        ticket = self._ticket or self.cached(address, login)
         if ticket is None:
             raise CredentialRejectedError(
                 "the ticket is too short-lived to bind with",

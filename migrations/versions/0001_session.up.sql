@@ -1556,6 +1556,18 @@ $$;
 comment on function kakunin.verify_certificate(text) is
   'Whether a certificate may be used now (valid), its status (active, revoked, expired, not_yet_valid, suspended, unknown), and what it says of its agent. For all the kit''s roles';
 
+create function kakunin.certificate_der(serial text) returns bytea
+language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_serial text collate "C" := kakunin.normalize_serial(certificate_der.serial);
+begin
+  return (select c.der from kakunin_private.certificates c where c.serial = v_serial);
+end
+$$;
+comment on function kakunin.certificate_der(text) is
+  'A registered certificate, whatever its status, or NULL: for who checks signatures of its key outside the database. For all the kit''s roles';
+
 create function kakunin.verify_message(serial text, payload bytea, signature bytea) returns jsonb
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -6386,7 +6398,7 @@ grant execute on function
 grant execute on function kakunin.update_agent(uuid, text, text, text, text, text) to kakunin_registrar, kakunin_operator;
 
 -- Verification tells what a certificate says, which its holder shows to everybody.
-grant execute on function kakunin.verify_certificate(text), kakunin.verify_message(text, bytea, bytea) to
+grant execute on function kakunin.verify_certificate(text), kakunin.certificate_der(text), kakunin.verify_message(text, bytea, bytea) to
   kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
 
 grant select on kakunin.authorities, kakunin.crls to
