@@ -55,7 +55,7 @@ comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID 
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
 comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour, of hour_events events';
 comment on column kakunin_private.chains.drift is 'Excess that drift stands for, at the beginning of the hour; it fades as well';
-comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
+comment on column kakunin_private.chains.alerted is 'Whether an alert was sent since its agent was last clearly below high';
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';

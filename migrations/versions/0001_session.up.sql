@@ -3423,7 +3423,7 @@ comment on column kakunin_private.chains.agent_id is 'Whose it is; the nil UUID 
 comment on column kakunin_private.chains.head is 'The hash of its newest entry; zeros before the first';
 comment on column kakunin_private.chains.hard is 'Excess of its events at risk_at, what is certain; soft what is unusual, hour_soft its part in this hour, of hour_events events';
 comment on column kakunin_private.chains.drift is 'Excess that drift stands for, at the beginning of the hour; it fades as well';
-comment on column kakunin_private.chains.alerted is 'Whether its agent was high at its last event: an alert was sent';
+comment on column kakunin_private.chains.alerted is 'Whether an alert was sent since its agent was last clearly below high';
 comment on column kakunin_private.chains.counts is
   'By event type, what this hour had: events, excess, amounts, their sum, the sum of their logarithms and of those squared';
 comment on column kakunin_private.chains.expected is 'Events that are not unusual in this hour; NULL while the history is too short';
@@ -4129,7 +4129,8 @@ begin
   p_chain.hour_events := 0;
   -- Another chain of this agent has worked it out for this hour.
   select c.expected, c.drift into v_other from kakunin_private.chains c
-   where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.hour = p_hour limit 1;
+   where c.agent_id = p_chain.agent_id and c.chain_id <> p_chain.chain_id and c.hour = p_hour and c.risk_epoch = p_chain.risk_epoch
+   limit 1;
   if found then
     p_chain.expected := v_other.expected;
     p_chain.drift := greatest(v_faded, v_other.drift);
@@ -4211,6 +4212,7 @@ begin
     p_chain.hard := 0;
     p_chain.soft := 0;
     p_chain.hour_soft := 0;
+    p_chain.drift := 0;
     p_chain.alerted := false;
   end if;
   if coalesce(p_chain.hour < v_hour, true) then
@@ -4372,6 +4374,8 @@ begin
   -- Amounts and rows far beyond what is usual are so rare that each is evidence: half of what it weighs, also where it is
   -- not the most of its hour. Some five in a row make an agent high, a single large export does not.
   p_chain.soft := case when p_chain.soft > 1e-6 then p_chain.soft * v_fade else 0 end + greatest(v_soft - p_chain.hour_soft, v_own, 0);
+  -- Twice what the limit needs, so that no flood of what is unusual is still there weeks later.
+  p_chain.soft := least(p_chain.soft, -2 * ln(1 - v_set.soft_limit) / least(p_bound.risk_factor, 1));
   p_chain.hour_soft := greatest(p_chain.hour_soft, v_soft);
   v_total := kakunin_private.agent_score(
     v_other_hard + p_chain.hard, v_other_soft + p_chain.soft,
@@ -4399,7 +4403,7 @@ begin
       v_risk := v_risk || kakunin_private.react(p_chain, p_bound.serial, v_risk,
         v_set.mode = 'enforce' and (v_total >= v_set.critical or v_hard >= v_set.critical));
       p_chain.alerted := true;
-    else
+    elsif v_total < v_set.high - 0.05 then  -- a score that goes back and forth about the threshold is one alert
       p_chain.alerted := false;
     end if;
   end if;
