@@ -69,6 +69,5 @@ async def serving(
     """A client of `kakunin-db mcp` with these variables."""
     command, *rest = COMMAND
     parameters = StdioServerParameters(command=command, args=[*rest, "mcp", *arguments], env=variables)
-    with open(log or os.devnull, "a") as errors:
-        async with Client(stdio_client(parameters, errlog=errors)) as client:
-            yield Tools(client)
+    async with Client(stdio_client(parameters)) as client:
+        yield Tools(client)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from conftest import Agent, Database, fresh_database
-from test_mcp import events, server_with, start
+from test_mcp import crash, events, server_with, start
 
 pytest.importorskip("mcp", reason="the mcp extra is not installed")
 from mcp_client import Tools, environment, serving
@@ -92,7 +92,10 @@ async def test_the_agent_reads_its_own_rows(agent: Agent, writer: Agent, tmp_pat
             {"tool": "query", "read_only": True, "statement": digest(statement)},
         )
 
-        values = "select true, 'NaN'::float8, 1.5::float8, 9007199254740993, '{\"a\": [1, null]}'::jsonb, '{\"n\": 1e999}'::json"
+        values = (
+            "select true, 'NaN'::float8, 1.5::float8, 9007199254740993,"
+            """ '{"a": [1, null]}'::jsonb, '{"n": 1e999}'::json"""
+        )
         assert await rows(tools, values) == [
             [True, "NaN", 1.5, "9007199254740993", {"a": [1, None]}, '{"n": 1e999}']
         ]
@@ -120,7 +123,7 @@ async def test_the_agent_reads_its_own_rows(agent: Agent, writer: Agent, tmp_pat
 
 
 async def test_writing_takes_a_scope_and_the_word(agent: Agent, writer: Agent, tmp_path: Path) -> None:
-    insert = "insert into notes (permitted_agent_serial, note) select kakunin.current_cert_serial(), 'new' returning note"
+    insert = "insert into notes select kakunin.current_cert_serial(), 'new' returning note"
     async with serving(environment(agent, tmp_path, "agent_1"), "--sql") as tools:
         refused = await tools.refused("query", {"sql": insert})
         assert refused["code"] == "25006"
@@ -171,15 +174,18 @@ NOT_QUERIES = [
     "lock table notes in access exclusive mode", "vacuum", "analyze", "analyze values (a)", "cluster",
     "drop table notes", "drop owned by kakunin_agent", "reassign owned by app to agent_1", "truncate notes",
     "alter role current_user password 'x'", "alter role current_user set role = 'app'",
-    "alter system set log_statement = 'all'", "grant select on secrets to public", "create temp table t (a int)",
+    "alter system set log_statement = 'all'", "grant select on secrets to public",
+    "create temp table t (a int)",
     "create function pg_temp.f() returns int language sql return 1", "create extension dblink",
     "security label on table notes is 'x'", "comment on table notes is 'x'", "explain analyze select 1",
-    "explain (analyze) insert into notes values ('a', 'b')", "import foreign schema s from server x into public",
+    "explain (analyze) insert into notes values ('a', 'b')", 
+    "import foreign schema s from server x into public",
     "", ";", "-- nothing", "; select 1", "/* commit */", "create table t as select 1; commit",
 ]  # fmt: skip
 SEVERAL = [
     "commit; drop table notes", "select 1; select 2", "select 1; commit", "; select 1; drop table notes;",
-    "select 1 \\; commit; drop schema public cascade", "rollback; begin; select 1", "select 1)); drop table notes --",
+    "select 1 \\; commit; drop schema public cascade", "rollback; begin; select 1",
+    "select 1)); drop table notes --",
     "select ';'; commit --';", "$$;$$; commit", "select 1 --\n; drop table notes", "select /* ; */ 1; commit",
 ]  # fmt: skip
 
@@ -199,7 +205,7 @@ async def test_what_is_not_one_query_does_not_run(writer: Agent, tmp_path: Path)
         assert (await tools.refused("query", {"sql": "select 1 \0; commit"}))["code"] == "KA010"
         assert (await tools.refused("query", {"sql": "execute p"}))["code"] == "26000"
         assert await rows(tools, "select count(*) from notes") == [[0]]
-    assert not Path("/tmp/kakunin_copied").exists()
+    assert not os.path.exists("/tmp/kakunin_copied")  # noqa: ASYNC240
     # None of it was an attempt, and each call was recorded before it was looked at.
     kinds = [kind for kind, _ in events(writer)]
     assert "unauthorized_access_attempt" not in kinds
@@ -227,7 +233,7 @@ async def test_known_ways_around_read_only(
 ) -> None:
     add_notes(writer, "another's")
     forged = json.dumps({"kakunin_cert_serial": writer.serial})
-    host, port = traps.cluster.host, traps.cluster.port
+    server = f"host=127.0.0.1 port={traps.cluster.port} dbname={traps.name}"
     refusals = {
         "select write_it('read-only')": {"25006"},
         "select nextval('counter')": {"25006"},
@@ -245,14 +251,14 @@ async def test_known_ways_around_read_only(
         f"select kakunin.bind_serial('{writer.serial}')": {"42501"},
         f"select kakunin.bind_session('kkn1.1.{writer.serial}.1.9999999999.{'0' * 64}')": {"KA004"},
         "select query_to_xml('select * from secrets', true, true, '')": {"42501"},
-        "select query_to_xml('insert into notes values (1, 2)', true, true, '')": {"25006", "0A000", "XX000", "22023"},
+        "select query_to_xml('insert into notes values (1, 2)', true, true, '')": {"25006", "0A000"},
         "select pg_read_file('/etc/passwd')": {"42501"},
         "select pg_read_binary_file('postgresql.conf')": {"42501"},
         "select pg_ls_dir('.')": {"42501"},
         "select lo_import('/etc/passwd')": {"42501", "25006"},
         "select lo_export(1, '/tmp/kakunin_lo')": {"42501", "25006"},
-        f"select * from dblink('host={host} port={port} dbname={traps.name} user=postgres', 'select 1') t(a int)": {"2F003"},
-        f"select dblink_connect('c', 'host=127.0.0.1 port={port} user=postgres password=x')": {"2F003", "08001"},
+        f"select * from dblink('{server} user=postgres', 'select 1') t(a int)": {"2F003"},
+        f"select dblink_connect('c', '{server} user=postgres password=x')": {"2F003", "08001"},
         "select dblink_connect_u('c', 'user=postgres')": {"42501"},
         "select pg_reload_conf()": {"42501"},
         "select pg_current_logfile()": {"42501"},
@@ -303,7 +309,8 @@ async def test_nothing_outlives_a_call(
     async with serving(environment(writer, tmp_path, "agent_1"), "--sql") as tools:
         leave = [
             "select set_config('statement_timeout', '0', false), set_config('search_path', 'nowhere', false)",
-            "select set_config('standard_conforming_strings', 'off', false), set_config('datestyle', 'German', false)",
+            "select set_config('standard_conforming_strings', 'off', false)",
+            "select set_config('datestyle', 'German', false)",
             "select set_config('kakunin.mine', 'left', false)",
             "create temp table notes as select 'fake' as note",
             "create temp table left_over as select 1",
@@ -314,7 +321,8 @@ async def test_nothing_outlives_a_call(
         left = (
             "select current_setting('statement_timeout'), current_setting('kakunin.mine', true),"
             " current_setting('datestyle'), to_regclass('left_over'), to_regclass('pg_temp.notes'),"
-            " (select count(*) from pg_cursors where name <> ''), (select count(*) from pg_prepared_statements),"
+            " (select count(*) from pg_cursors where name <> ''),"
+            " (select count(*) from pg_prepared_statements),"
             " (select count(*) from pg_locks where locktype = 'advisory' and objid in (4711, 4712))"
         )
         assert await rows(tools, left) == [["15s", None, "ISO, MDY", None, None, 0, 0, 0]]
@@ -324,7 +332,10 @@ async def test_nothing_outlives_a_call(
             await rows(tools, "select pg_notify('forged', 'x')")
             assert list(listener.notifies(timeout=0.5)) == []
         # Its login's other sessions can be ended by it: the server's own is opened again.
-        kill = "select count(pg_terminate_backend(pid)) from pg_stat_activity where usename = session_user and pid <> pg_backend_pid()"
+        kill = (
+            "select count(pg_terminate_backend(pid)) from pg_stat_activity"
+            " where usename = session_user and pid <> pg_backend_pid()"
+        )
         assert (await rows(tools, kill))[0][0] >= 1
         assert await rows(tools, "select 1") == [[1]]
         await tools("check_risk_score")
@@ -352,20 +363,25 @@ async def test_limits_hold_whatever_the_statement(writer: Agent, database: Datab
         assert result["truncated"] == "bytes"
         assert 40 <= result["row_count"] <= 50
         for large in (
-            "select repeat('x', 500000000)",
-            "select repeat('x', 100000000)::int",  # in the error's message
+            "select repeat('x', 100000000)",
+            "select repeat('x', 30000000)::int",  # in the error's message
             "select generate_series(1, 1000000000) --" + "x" * 40_000,
             f"select {', '.join(f'1 as {chr(97 + n % 26) * 60}' for n in range(1000))}",
         ):
             answer = await timed({"sql": large})
             assert answer.get("code") == "result_too_large" or answer["results"][0]["truncated"] == "rows", (
-                large[:60]
+                large[:60],
+                answer,
             )
         for slow in (
             ["select pg_sleep(600)"],
             ["select count(*) from generate_series(1, 1000000000) a, generate_series(1, 1000000000) b"],
             ["select set_config('statement_timeout', '0', false)", "select pg_sleep(600)"],
-            ["select set_config('client_connection_check_interval', '0', false)", "select set_config('statement_timeout', '0', true)", "select pg_sleep(600)"],
+            [
+                "select set_config('client_connection_check_interval', '0', false)",
+                "select set_config('statement_timeout', '0', true)",
+                "select pg_sleep(600)",
+            ],
         ):  # fmt: skip
             assert (await timed({"statements": slow}))["code"] == "57014", slow
         # To write, all or nothing.
@@ -385,8 +401,8 @@ def peak_memory(variable: str) -> int:
 def busy(database: Database, expected: int, seconds: float = 6) -> bool:
     """Whether, in time, so many backends run a statement that takes long."""
     query = (
-        "select count(*) from pg_stat_activity where datname = %s and usename = 'agent_1' and state = 'active'"
-        " and query ~ 'pg_sleep|generate_series'"
+        "select count(*) from pg_stat_activity where datname = %s and usename = 'agent_1'"
+        " and state = 'active' and query ~ 'pg_sleep|generate_series'"
     )
     with database.connect("postgres", autocommit=True) as admin:
         until = time.monotonic() + seconds
@@ -463,7 +479,7 @@ async def test_a_database_lost_in_a_call_is_an_error(cluster: Cluster, tmp_path:
         async with serving(environment(agent, tmp_path, "agent_1"), "--sql") as tools:
             call = asyncio.ensure_future(tools.refused("query", {"sql": "select pg_sleep(10)"}))
             assert await asyncio.to_thread(busy, database, 1)
-            await asyncio.to_thread(cluster.stop, "immediate")
+            await asyncio.to_thread(crash, cluster)
             try:
                 lost = await call
                 down = await tools.refused("query", {"sql": "select 1"})
@@ -474,38 +490,68 @@ async def test_a_database_lost_in_a_call_is_an_error(cluster: Cluster, tmp_path:
             assert await rows(tools, "select 1") == [[1]]
 
 
+async def test_a_login_that_becomes_more_is_refused_at_the_next_call(
+    agent: Agent, database: Database, tmp_path: Path
+) -> None:
+    async with serving(environment(agent, tmp_path, "agent_2"), "--sql") as tools:
+        await rows(tools, "select 1")
+        with database.connect("postgres", autocommit=True) as admin:
+            admin.execute("grant pg_read_all_data to agent_2")
+            try:
+                refused = await tools.refused("query", {"sql": "select * from secrets"})
+            finally:
+                admin.execute("revoke pg_read_all_data from agent_2")
+        assert refused["code"] == "login_refused"
+        assert "revoke pg_read_all_data from agent_2" in refused["hint"]
+        await rows(tools, "select 1")
+
+
 # Who may be the login ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("more", "less", "said"),
-    [
-        ("alter role {login} superuser", "alter role {login} nosuperuser", "nosuperuser"),
-        ("alter role {login} bypassrls", "alter role {login} nobypassrls", "nobypassrls"),
-        ("alter role {login} createrole", "alter role {login} nocreaterole", "nocreaterole"),
-        ("alter role {login} createdb", "alter role {login} nocreatedb", "nocreatedb"),
-        ("alter role {login} replication", "alter role {login} noreplication", "noreplication"),
-        ("grant pg_read_all_data to {login}", "revoke pg_read_all_data from {login}", "revoke pg_read_all_data"),
-        ("grant pg_execute_server_program to {login}", "revoke pg_execute_server_program from {login}", "revoke pg_exec"),
-        ("grant pg_read_server_files to kakunin_agent", "revoke pg_read_server_files from kakunin_agent", "from kakunin_agent"),
-        ("grant kakunin_gateway to {login}", "revoke kakunin_gateway from {login}", "revoke kakunin_gateway"),
-        ("grant app to {login}", "revoke app from {login}", "revoke app"),
-        ("grant kakunin_agent to {login} with admin option", "revoke admin option for kakunin_agent from {login}", "admin option"),
-        ("create table owned (); alter table owned owner to {login}", "drop table owned", "reassign owned by agent_2"),
-        ("create schema owned; grant create on schema owned to public", "drop schema owned", "revoke create on schema owned"),
-        ("grant create on database {database} to {login}", "revoke create on database {database} from {login}", "create on database"),
-        ("alter database {database} owner to {login}", "alter database {database} owner to postgres", "owns database"),
-        ("grant execute on function kakunin.bind_serial(text) to {login}", "revoke execute on function kakunin.bind_serial(text) from {login}", "bind_serial"),
-        ("grant execute on function kakunin.bind_serial(text) to kakunin_agent", "revoke execute on function kakunin.bind_serial(text) from kakunin_agent", "bind_serial"),
-        ("grant execute on function pg_read_file(text) to public", "revoke execute on function pg_read_file(text) from public", "pg_read_file"),
-        ("grant set on parameter session_replication_role to {login}", "revoke set on parameter session_replication_role from {login}", "session_replication_role"),
-        ("grant usage on schema kakunin_private to {login}", "revoke usage on schema kakunin_private from {login}", "kakunin_private"),
-        ("select kakunin.set_gateway_logins('{{{login}}}')", "select kakunin.set_gateway_logins('{{}}')", "claims are believed"),
-    ],
-)  # fmt: skip
-def test_a_login_that_is_more_is_refused(
-    database: Database, agent: Agent, tmp_path: Path, more: str, less: str, said: str
-) -> None:
+OWNED = "create table owned (); alter table owned owner to {login}"
+GATEWAY = "select kakunin.set_gateway_logins('{{{login}}}')"
+# What makes the login more, and what the refusal says; what is granted is revoked again.
+MORE = {
+    "alter role {login} superuser": "alter role agent_2 nosuperuser",
+    "alter role {login} bypassrls": "alter role agent_2 nobypassrls",
+    "alter role {login} createrole": "alter role agent_2 nocreaterole",
+    "alter role {login} createdb": "alter role agent_2 nocreatedb",
+    "alter role {login} replication": "alter role agent_2 noreplication",
+    "grant pg_read_all_data to {login}": "revoke pg_read_all_data from agent_2",
+    "grant pg_execute_server_program to {login}": "revoke pg_execute_server_program from agent_2",
+    "grant pg_read_server_files to kakunin_agent": "revoke pg_read_server_files from kakunin_agent",
+    "grant kakunin_gateway to {login}": "revoke kakunin_gateway from agent_2",
+    "grant app to {login}": "revoke app from agent_2",
+    "grant kakunin_agent to {login} with admin option": "revoke admin option for kakunin_agent",
+    "grant create on schema public to kakunin_agent": "revoke create on schema public",
+    "grant create on schema public to public": "revoke create on schema public",
+    "grant create on database {database} to {login}": "revoke create on database",
+    "grant execute on function kakunin.bind_serial(text) to {login}": "bind_serial",
+    "grant execute on function kakunin.bind_serial(text) to kakunin_agent": "bind_serial",
+    "grant execute on function pg_read_file(text) to public": "pg_read_file",
+    "grant set on parameter session_replication_role to {login}": "session_replication_role",
+    "grant usage on schema kakunin_private to {login}": "kakunin_private",
+    "alter database {database} owner to {login}": "owns database",
+    OWNED: "reassign owned by agent_2",
+    GATEWAY: "claims are believed",
+}
+UNDONE = {
+    "grant kakunin_agent to {login} with admin option": "revoke admin option for kakunin_agent from {login}",
+    "alter database {database} owner to {login}": "alter database {database} owner to postgres",
+    OWNED: "drop table owned",
+    GATEWAY: "select kakunin.set_gateway_logins('{{}}')",
+}
+
+
+def undo(more: str) -> str:
+    if more.startswith("alter role"):
+        return "alter role {login} no" + more.rpartition(" ")[2]
+    return UNDONE.get(more) or more.replace("grant", "revoke", 1).replace(" to ", " from ")
+
+
+@pytest.mark.parametrize(("more", "said"), MORE.items())
+def test_a_login_that_is_more_is_refused(database: Database, agent: Agent, more: str, said: str) -> None:
     names = {"login": "agent_2", "database": database.name}
     with database.connect("postgres", autocommit=True) as admin:
         with database.connect("agent_2") as connection:
@@ -516,7 +562,7 @@ def test_a_login_that_is_more_is_refused(
                 with pytest.raises(LoginRefusedError, match="agent_2 is more than kakunin_agent") as caught:
                     check_login(connection, agent.serial)
         finally:
-            admin.execute(less.format(**names))
+            admin.execute(undo(more).format(**names))
     assert said in f"{caught.value} {caught.value.hint}"
 
 

@@ -36,8 +36,8 @@ _LIMITS = (
 class Session:
     """An agent on a database.
 
-    ``bearer`` is what other connections of the same login are bound with: they share its tickets. ``address`` is
-    the login and the database.
+    ``bearer`` is what other connections of the same login are bound with: they share its tickets.
+    ``address`` is the login and the database.
     """
 
     def __init__(self, dsn: str, serial: str, signer: Signer, installation_id: str | None = None) -> None:

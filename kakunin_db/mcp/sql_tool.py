@@ -10,12 +10,13 @@ What keeps it within that is the server, not a pattern over its text:
   MERGE, ...) and neither COMMIT, SET, DO, COPY, LISTEN nor DDL;
 - it runs in a READ ONLY transaction that is always rolled back. To write takes ``write`` and a certificate
   that permits WRITE_SCOPE;
-- statement_timeout, which SQL can change, has beside it a deadline of the client's: it cancels, then terminates;
+- beside statement_timeout, which SQL can change, there is a deadline of the client's: it cancels, then
+  terminates;
 - no more than a number of rows and bytes is ever read (``wire.py``).
 
-Before anything of a call runs, the call is in the ledger, with the SHA-256 of each statement, in a transaction
-of its own; without that entry nothing runs. A statement that a policy, a privilege or a scope refuses is an
-``unauthorized_access_attempt`` as well, as in bind_agent_session().
+Before anything of a call runs, the call is in the ledger, with the SHA-256 of each statement, in a
+transaction of its own; without that entry nothing runs. A statement that a policy, a privilege or a scope
+refuses is an ``unauthorized_access_attempt`` as well, as in bind_agent_session().
 """
 
 from __future__ import annotations
@@ -65,18 +66,23 @@ select pg_catalog.count(pg_catalog.pg_terminate_backend(a.pid)) from pg_catalog.
 """
 _TABLES = """
 select n.nspname as schema, c.relname as name,
-       case c.relkind when 'v' then 'view' when 'm' then 'materialized view' when 'f' then 'foreign table' else 'table' end as kind,
+       case c.relkind when 'v' then 'view' when 'm' then 'materialized view' when 'f' then 'foreign table'
+         else 'table' end as kind,
        c.relrowsecurity as row_security,
-       (select pg_catalog.json_agg(p.privilege) from (values ('select'), ('insert'), ('update'), ('delete')) p(privilege)
+       (select pg_catalog.json_agg(p.privilege)
+          from (values ('select'), ('insert'), ('update'), ('delete')) p(privilege)
          where pg_catalog.has_table_privilege(c.oid, p.privilege) or p.privilege <> 'delete'
            and pg_catalog.has_any_column_privilege(c.oid, p.privilege)) as privileges,
        pg_catalog.obj_description(c.oid, 'pg_class') as comment,
        (select pg_catalog.json_agg(pg_catalog.json_strip_nulls(pg_catalog.json_build_object(
-                 'name', a.attname, 'type', pg_catalog.format_type(a.atttypid, a.atttypmod), 'nullable', not a.attnotnull,
-                 'comment', pg_catalog.col_description(c.oid, a.attnum))) order by a.attnum)
-          from pg_catalog.pg_attribute a where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) as columns,
+                 'name', a.attname, 'type', pg_catalog.format_type(a.atttypid, a.atttypmod),
+                 'nullable', not a.attnotnull, 'comment', pg_catalog.col_description(c.oid, a.attnum)))
+               order by a.attnum)
+          from pg_catalog.pg_attribute a
+         where a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped) as columns,
        (select pg_catalog.json_agg(pg_catalog.pg_get_constraintdef(k.oid) order by k.contype desc, k.conname)
-          from pg_catalog.pg_constraint k where k.conrelid = c.oid and k.contype in ('p', 'u', 'f', 'c')) as constraints
+          from pg_catalog.pg_constraint k
+         where k.conrelid = c.oid and k.contype in ('p', 'u', 'f', 'c')) as constraints
   from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
  where c.relkind in ('r', 'p', 'v', 'm', 'f') and not c.relispartition
    and n.nspname not in ('pg_catalog', 'information_schema') and n.nspname !~ '^pg_'
@@ -84,7 +90,7 @@ select n.nspname as schema, c.relname as name,
    and (pg_catalog.has_table_privilege(c.oid, 'select, insert, update, delete')
         or pg_catalog.has_any_column_privilege(c.oid, 'select, insert, update'))
    and ($1 = '' or $1 in (c.relname, n.nspname || '.' || c.relname))
- order by n.nspname in ('kakunin'), 1, 2
+ order by n.nspname = 'kakunin', 1, 2
 """
 
 _log = logging.getLogger("kakunin_db.mcp")
@@ -174,7 +180,9 @@ class _Call:
         self.statements = statements
         self.write = write
         self.stop = stop
-        if any("\0" in statement for statement in statements):  # where libpq would end it, and hashes would not
+        if any(
+            "\0" in statement for statement in statements
+        ):  # where libpq would end it, and hashes would not
             raise CallError("KA010", "a statement has a NUL in it")
         hashes = [statement_hash(statement) for statement in statements]
         metadata: dict[str, Any] = {"tool": name, "read_only": not write}
@@ -202,7 +210,7 @@ class _Call:
                             left = limits.rows - sum(len(answer.rows) for answer, _ in done)
                             done.append((wire.run(statement, parameters, left), None))
                         if self.write and wire.run(b"commit", (), 0).command != "COMMIT":
-                            raise CallError("internal", "the transaction did not commit")  # noqa: TRY301
+                            raise CallError("internal", "the transaction did not commit")
                 except LimitError as limit:
                     self._give_up(connection, pid)
                     done.append((self._cut(limit, len(done), len(statements)), limit.kind))
@@ -214,7 +222,8 @@ class _Call:
         return done
 
     def _begin(self, connection: psycopg.Connection[Any]) -> int:
-        """Binds a transaction; returns the backend's pid."""
+        """Binds a transaction; returns the backend's pid. The login may have become more since the start."""
+        check_login(connection, self.session.credential.serial)
         connection.read_only = not self.write
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         run(connection, Core(PsycopgChannel(connection), self.session.bearer).begin())
@@ -236,8 +245,8 @@ class _Call:
             raise CallError(
                 "not_a_query",
                 "this statement is not a query",
-                "Only SELECT, VALUES, INSERT, UPDATE, DELETE and MERGE run here, one to a text: no transaction"
-                " control, settings, COPY or DDL. For a setting select current_setting('name'); for a plan call explain.",
+                "Only SELECT, VALUES, INSERT, UPDATE, DELETE and MERGE run here, one to a text: no COMMIT,"
+                " SET, COPY or DDL. A setting is current_setting('name'); a plan is explain's.",
             ) from None
 
     def _cut(self, limit: LimitError, number: int, of: int) -> Answer:

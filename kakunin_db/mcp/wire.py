@@ -36,7 +36,7 @@ class Answer:
 
 
 class LimitError(Exception):
-    """What ended a call: ``kind`` is ``rows``, ``bytes``, ``time`` or ``stopped``; ``answer`` what was read."""
+    """What ended a call: ``kind`` is rows, bytes, time or stopped, and ``answer`` what had been read."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
@@ -102,9 +102,10 @@ class Wire:
                     ]
                     answer.types = [result.ftype(n) for n in range(result.nfields)]
                 for row in range(result.ntuples):
-                    if len(answer.rows) >= most_rows:
-                        raise LimitError("rows")
                     answer.rows.append([result.get_value(row, n) for n in range(result.nfields)])
+                if len(answer.rows) > most_rows:
+                    del answer.rows[most_rows:]
+                    raise LimitError("rows")  # noqa: TRY301
                 answer.command = (result.command_status or b"").decode("ascii", "replace")
         except LimitError as limit:
             limit.answer = answer
@@ -139,7 +140,7 @@ class Wire:
             if near in readable:
                 self._to_server = os.read(near, _CHUNK)
             if server in readable:
-                # What libpq has not asked for yet may be all that it needs: the limit is met when it wants more.
+                # Only when libpq wants more: what it has may be all that it needs.
                 if not self._left:
                     raise LimitError("bytes")
                 self._to_client = os.read(server, min(_CHUNK, self._left))
