@@ -441,6 +441,23 @@ async def test_a_call_that_cannot_be_recorded_does_not_run(writer: Agent, tmp_pa
         assert notes(writer) == ["unrecorded"]
 
 
+async def test_a_database_that_hangs_is_not_waited_for(
+    agent: Agent, database: Database, tmp_path: Path
+) -> None:
+    """Past the ledger entry, at what comes before the statement."""
+    options = ["--sql", "--timeout", "2"]
+    async with serving(environment(agent, tmp_path, "agent_1"), *options) as tools:
+        with database.connect("postgres") as admin:
+            admin.execute(
+                "lock table pg_parameter_acl in access exclusive mode"
+            )  # read by what looks at the login
+            began = time.monotonic()
+            refused = await tools.refused("query", {"sql": "select 1"})
+            assert refused["code"] == "unavailable"
+            assert time.monotonic() - began < 10
+        assert await rows(tools, "select 1") == [[1]]
+
+
 async def test_a_call_given_up_by_the_client_is_ended(
     writer: Agent, database: Database, tmp_path: Path
 ) -> None:

@@ -15,10 +15,10 @@ _EXCESS = """
 with recursive reach(oid) as (
   select r.oid from pg_catalog.pg_roles r where r.rolname = session_user
   union
-  select m.roleid from pg_catalog.pg_auth_members m join reach on reach.oid operator(pg_catalog.=) m.member
+  select m.roleid from pg_catalog.pg_auth_members m join reach on reach.oid = m.member
 ), roles as (
   select r.*, pg_catalog.quote_ident(r.rolname) as name
-    from pg_catalog.pg_roles r join reach on reach.oid operator(pg_catalog.=) r.oid
+    from pg_catalog.pg_roles r join reach on reach.oid = r.oid
 ), login as (
   select r.name, pg_catalog.concat_ws(', ', 'public', 'kakunin_agent', r.name) as grantees
     from roles r where r.rolname = session_user

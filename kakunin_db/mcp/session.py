@@ -33,6 +33,16 @@ _LIMITS = (
 )
 
 
+def wait_until(connection: psycopg.Connection[Any], until: float) -> None:
+    """Ends with psycopg.OperationalError what the connection waits for after this ``time.monotonic()``."""
+    wait = type(connection).wait
+
+    def on_time(gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
+        return wait(connection, _until(gen, until), *args, **kwargs)
+
+    connection.wait = on_time  # type: ignore[method-assign]
+
+
 class Session:
     """An agent on a database.
 
@@ -92,12 +102,7 @@ class Session:
             raise psycopg.OperationalError("the database did not answer in time")
         try:
             connection = self._connected()
-            wait = type(connection).wait
-
-            def on_time(gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
-                return wait(connection, _until(gen, until), *args, **kwargs)
-
-            connection.wait = on_time  # type: ignore[method-assign]
+            wait_until(connection, until)
             value = do(connection)
             connection.rollback()
         except BaseException as error:

@@ -35,13 +35,13 @@ import psycopg
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
-from ..binding.attempts import flush_attempts, statement_hash
+from ..binding.attempts import flush_attempts, recorder, statement_hash
 from ..binding.core import Core
 from ..binding.psycopg_ import PsycopgChannel, run
 from ..errors import KakuninError
 from ..logs import why
 from .login import check_login
-from .session import Session
+from .session import Session, wait_until
 from .wire import Answer, LimitError, Wire
 
 WRITE_SCOPE: Final = "sql:write"
@@ -60,9 +60,13 @@ select pg_catalog.set_config('statement_timeout', %(timeout)s, true),
        case when pg_catalog.version() like '%%linux%%'
          then pg_catalog.set_config('client_connection_check_interval', '1000', true) end
 """
+_BACKEND = """
+select a.pid, a.backend_start::pg_catalog.text from pg_catalog.pg_stat_activity a
+ where a.pid = pg_catalog.pg_backend_pid()
+"""
 _TERMINATE = """
 select pg_catalog.count(pg_catalog.pg_terminate_backend(a.pid)) from pg_catalog.pg_stat_activity a
- where a.pid = %s and a.usename = session_user and a.application_name like 'kakunin-db mcp%%'
+ where a.pid = %s and a.backend_start = %s::pg_catalog.timestamptz and a.usename = session_user
 """
 _TABLES = """
 select n.nspname as schema, c.relname as name,
@@ -92,6 +96,8 @@ select n.nspname as schema, c.relname as name,
    and ($1 = '' or $1 in (c.relname, n.nspname || '.' || c.relname))
  order by n.nspname = 'kakunin', 1, 2
 """
+
+_UNKNOWN = "Whether it was committed is not known: look before trying again."
 
 _log = logging.getLogger("kakunin_db.mcp")
 
@@ -180,9 +186,8 @@ class _Call:
         self.statements = statements
         self.write = write
         self.stop = stop
-        if any(
-            "\0" in statement for statement in statements
-        ):  # where libpq would end it, and hashes would not
+        self.committing = False
+        if any("\0" in statement for statement in statements):  # libpq would end it there, and its hash not
             raise CallError("KA010", "a statement has a NUL in it")
         hashes = [statement_hash(statement) for statement in statements]
         metadata: dict[str, Any] = {"tool": name, "read_only": not write}
@@ -201,18 +206,19 @@ class _Call:
         done: list[tuple[Answer, str | None]] = []
         try:
             with self.tool._connect() as connection:
-                pid = self._begin(connection)
                 until = time.monotonic() + limits.seconds + _GRACE
+                wait_until(connection, until)
+                backend = self._begin(connection)
                 try:
                     with Wire(connection.pgconn, limits.bytes, until, self.stop) as wire:
                         for number, (statement, parameters) in enumerate(statements):
                             self._check(wire, gate[number] if gate else statement)
                             left = limits.rows - sum(len(answer.rows) for answer, _ in done)
                             done.append((wire.run(statement, parameters, left), None))
-                        if self.write and wire.run(b"commit", (), 0).command != "COMMIT":
-                            raise CallError("internal", "the transaction did not commit")
+                        if self.write:
+                            self._commit(wire)
                 except LimitError as limit:
-                    self._give_up(connection, pid)
+                    self._give_up(connection, backend)
                     done.append((self._cut(limit, len(done), len(statements)), limit.kind))
         except psycopg.Error as error:
             raise self._failed(error, len(done)) from error
@@ -221,8 +227,8 @@ class _Call:
             raise
         return done
 
-    def _begin(self, connection: psycopg.Connection[Any]) -> int:
-        """Binds a transaction; returns the backend's pid. The login may have become more since the start."""
+    def _begin(self, connection: psycopg.Connection[Any]) -> tuple[Any, ...]:
+        """Binds a transaction; returns which backend it is. The login may have become more since the start."""
         check_login(connection, self.session.credential.serial)
         connection.read_only = not self.write
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
@@ -232,8 +238,12 @@ class _Call:
         cursor.execute(_LIMITS, {"timeout": timeout}, prepare=False)
         if self.write:
             cursor.execute("select kakunin.require_scope(%s)", [WRITE_SCOPE], prepare=False)
-        row = cursor.execute("select pg_catalog.pg_backend_pid()", prepare=False).fetchone()
-        return int(row[0]) if row else 0
+        return cursor.execute(_BACKEND, prepare=False).fetchone() or ()
+
+    def _commit(self, wire: Wire) -> None:
+        self.committing = True
+        if wire.run(b"commit", (), 0).command != "COMMIT":
+            raise CallError("internal", "the transaction was not committed")
 
     @staticmethod
     def _check(wire: Wire, statement: bytes) -> None:
@@ -252,6 +262,8 @@ class _Call:
     def _cut(self, limit: LimitError, number: int, of: int) -> Answer:
         """What there is of an answer that is too large. Raises CallError where that cannot be given."""
         limits = self.tool.limits
+        if self.committing:
+            raise CallError("unavailable", "the call was ended as it committed", _UNKNOWN)
         if limit.kind == "time":
             raise CallError("57014", f"the call took more than {limits.seconds:g} seconds and was ended")
         if limit.kind == "stopped":
@@ -267,17 +279,18 @@ class _Call:
             )
         return limit.answer
 
-    def _give_up(self, connection: psycopg.Connection[Any], pid: int) -> None:
+    def _give_up(self, connection: psycopg.Connection[Any], backend: tuple[Any, ...]) -> None:
         """Ends what the server still does: first by asking, then, where SQL would not be asked, for good."""
         with contextlib.suppress(psycopg.Error):
             connection.cancel_safe(timeout=_CANCEL_WITHIN)
         connection.close()
-        threading.Thread(target=self._terminate, args=(pid,), daemon=True).start()
+        if backend:
+            threading.Thread(target=self._terminate, args=(backend,), daemon=True).start()
 
-    def _terminate(self, pid: int) -> None:
+    def _terminate(self, backend: tuple[Any, ...]) -> None:
         time.sleep(_CANCEL_WITHIN)
         try:
-            self.session.call(_TERMINATE, (pid,))
+            self.session.call(_TERMINATE, backend)
         except (psycopg.Error, KakuninError) as error:
             _log.warning("a backend may still be busy with a call that was given up: %s", why(error))
 
@@ -285,21 +298,23 @@ class _Call:
         """What the model is told; where it was refused, that is recorded first."""
         statement = self.statements[min(number, len(self.statements) - 1)]
         session = self.session
-        refused = session.bearer.refused(error, statement, session.address, lambda: session.dsn)
         more: dict[str, Any] = {"event_id": self.event_id}
-        if refused is not None:
-            more["recorded"] = flush_attempts()
+        lost = recorder.counters["lost"]
+        if session.bearer.refused(error, statement, session.address, lambda: session.dsn) is not None:
+            more["recorded"] = flush_attempts() and recorder.counters["lost"] == lost
         if error.sqlstate is None:
-            return CallError("unavailable", "the database cannot be reached", "Try again later.", **more)
+            hint = _UNKNOWN if self.committing else "Nothing was changed. Try again later."
+            said = "the database cannot be reached, or did not answer in time"
+            return CallError("unavailable", said, hint, **more)
         diag = error.diag
-        if len(self.statements) > 1:
+        if 1 < len(self.statements) > number:
             more["statement"] = number + 1
         if diag.message_detail:
             more["detail"] = diag.message_detail
-        hint = diag.message_hint
+        told = diag.message_hint
         if error.sqlstate == "25006":
-            hint = f'To write, call query with "write": true; the certificate must permit {WRITE_SCOPE}.'
-        return CallError(error.sqlstate, diag.message_primary or type(error).__name__, hint, **more)
+            told = f'To write, call query with "write": true; the certificate must permit {WRITE_SCOPE}.'
+        return CallError(error.sqlstate, diag.message_primary or type(error).__name__, told, **more)
 
 
 # Values ---------------------------------------------------------------------------------------------
