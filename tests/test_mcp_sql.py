@@ -454,7 +454,7 @@ async def test_a_database_that_hangs_is_not_waited_for(
             began = time.monotonic()
             refused = await tools.refused("query", {"sql": "select 1"})
             assert refused["code"] == "unavailable"
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 20
         assert await rows(tools, "select 1") == [[1]]
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
@@ -21,6 +21,8 @@ from ..conninfo import lasting
 from ..credential import AgentCredential
 from ..errors import BadInputError, UnknownCertificateError, named
 from ..signers import Signer
+
+T = TypeVar("T")
 
 # Seconds.
 CALL_WITHIN: Final = 10.0
@@ -59,7 +61,7 @@ class Session:
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
         self.address = ""
-        found = self._on_time(lambda c: self._value(c, "select kakunin.verify_certificate(%s)", [serial]))
+        found = self.on_time(lambda c: self._value(c, "select kakunin.verify_certificate(%s)", [serial]))
         agent_id = found.get("agent_id")
         if agent_id is None:
             raise UnknownCertificateError(
@@ -84,7 +86,7 @@ class Session:
             connection.commit()
             return value
 
-        return self._on_time(bound)
+        return self.on_time(bound)
 
     def close(self) -> None:
         with self._lock:
@@ -96,7 +98,8 @@ class Session:
         row = cursor.execute(query.encode(), parameters, prepare=False).fetchone()
         return None if row is None else row[0]
 
-    def _on_time(self, do: Callable[[psycopg.Connection[Any]], Any]) -> Any:
+    def on_time(self, do: Callable[[psycopg.Connection[Any]], T]) -> T:
+        """What ``do`` makes of the connection, outside a transaction and unbound. Raises as call()."""
         until = time.monotonic() + CALL_WITHIN
         if not self._lock.acquire(timeout=CALL_WITHIN):
             raise psycopg.OperationalError("the database did not answer in time")
