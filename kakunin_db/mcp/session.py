@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 # Seconds.
 CALL_WITHIN: Final = 10.0
+_AT_ONCE: Final = 1.0
 
 # Local to the transaction: the login's own settings may be any. Milliseconds.
 _LIMITS = (
@@ -60,6 +61,7 @@ class Session:
         self.dsn = lasting(dsn, application_name="kakunin-db mcp")
         self._lock = threading.Lock()
         self._connection: psycopg.Connection[Any] | None = None
+        self._committing = False
         self.address = ""
         found = self.on_time(lambda c: self._value(c, "select kakunin.verify_certificate(%s)", [serial]))
         agent_id = found.get("agent_id")
@@ -83,6 +85,7 @@ class Session:
             run(connection, Core(PsycopgChannel(connection), self.bearer).begin())
             self._value(connection, _LIMITS)
             value = self._value(connection, query, parameters)
+            self._committing = True
             connection.commit()
             return value
 
@@ -99,30 +102,42 @@ class Session:
         return None if row is None else row[0]
 
     def on_time(self, do: Callable[[psycopg.Connection[Any]], T]) -> T:
-        """What ``do`` makes of the connection, outside a transaction and unbound. Raises as call()."""
-        until = time.monotonic() + CALL_WITHIN
+        """What ``do`` makes of the connection, outside a transaction and unbound. Raises as call().
+
+        A connection that was lost without our noticing is replaced, and ``do`` done again: until it says
+        COMMIT, nothing has happened.
+        """
+        began = time.monotonic()
         if not self._lock.acquire(timeout=CALL_WITHIN):
             raise psycopg.OperationalError("the database did not answer in time")
+        try:
+            try:
+                return self._do(do, began + CALL_WITHIN)
+            except psycopg.OperationalError as error:
+                lost = error.sqlstate is None or error.sqlstate.startswith("57P")
+                if self._committing or not lost or time.monotonic() - began > _AT_ONCE:
+                    raise
+                return self._do(do, began + CALL_WITHIN)
+        except psycopg.Error as error:
+            if (ours := named(error)) is not None:
+                raise ours from error
+            if isinstance(error, psycopg.DataError) and error.sqlstate is None:
+                raise BadInputError("a text has a character that Postgres does not store, a NUL") from error
+            raise
+        finally:
+            self._lock.release()
+
+    def _do(self, do: Callable[[psycopg.Connection[Any]], T], until: float) -> T:
+        self._committing = False
         try:
             connection = self._connected()
             wait_until(connection, until)
             value = do(connection)
             connection.rollback()
-        except BaseException as error:
+        except BaseException:
             self._disconnect()
-            if isinstance(error, (psycopg.DataError, UnicodeEncodeError)) and not getattr(
-                error, "sqlstate", None
-            ):
-                raise BadInputError(
-                    "a text has a character that Postgres does not store, such as NUL"
-                ) from error
-            if (ours := named(error)) is not None:
-                raise ours from error
             raise
-        else:
-            return value
-        finally:
-            self._lock.release()
+        return value
 
     def _connected(self) -> psycopg.Connection[Any]:
         connection = self._connection

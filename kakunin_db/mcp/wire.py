@@ -92,10 +92,11 @@ class Wire:
 
     def _results(self, most_rows: int) -> Answer:
         answer = Answer()
+        failure: psycopg.Error | None = None
         try:
             while (result := self._next()) is not None:
                 if result.status == pq.ExecStatus.FATAL_ERROR:
-                    raise error_from_result(result)
+                    failure = error_from_result(result)
                 if result.nfields and not answer.columns:
                     answer.columns = [
                         (result.fname(n) or b"").decode("utf-8", "replace") for n in range(result.nfields)
@@ -110,6 +111,11 @@ class Wire:
         except LimitError as limit:
             limit.answer = answer
             raise
+        except psycopg.OperationalError:
+            if failure is None:  # which says why the server has closed the connection
+                raise
+        if failure is not None:
+            raise failure
         return answer
 
     def _next(self) -> Any:
