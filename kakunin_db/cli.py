@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import audit_commands, commands, export_commands, webhook_commands
+from . import audit_commands, commands, export_commands, mcp_commands, webhook_commands
 from .errors import BadInputError, KakuninError
 
 # Server states whose own message does not say what to do.
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _worker_commands(groups)
     _webhook_commands(_group(groups, "webhooks", "who is told what was decided"))
     _export_commands(_group(groups, "export", "the kit as files that others apply"))
+    _mcp_command(groups)
     demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
     demo.set_defaults(run=_demo)
     return parser
@@ -646,6 +647,41 @@ def _webhook_commands(group: Any) -> None:
         default=15.0,
         help="how long to wait for the worker; default: %(default)g",
     )
+
+
+def _mcp_command(groups: Any) -> None:
+    text = "serve one agent's tools to MCP clients, over stdin and stdout"
+    command = groups.add_parser(
+        "mcp", help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    command.set_defaults(run=_identity, do=mcp_commands.serve, role="kakunin_agent", needs="a database")
+    for option, metavar, variable, what in (
+        ("--dsn", "DSN", "DSN", "libpq connection string or URL"),
+        ("--serial", "SERIAL", "CERT_SERIAL", "of the agent's certificate"),
+        ("--signer", "URI", "SIGNER", "its key: file:/path/key.pem, awskms:... or pkcs11:..."),
+        (
+            "--installation",
+            "UUID",
+            "INSTALLATION_ID",
+            "the database it is for: select kakunin.installation_id()",
+        ),
+    ):
+        help_text = f"{what}; default $KAKUNIN_{variable}"
+        default = os.environ.get(f"KAKUNIN_{variable}") or None
+        command.add_argument(option, metavar=metavar, default=default, help=help_text)
+    command.add_argument(
+        "--sql",
+        action="store_true",
+        help="also query, explain and describe_schema; the login must be kakunin_agent alone",
+    )
+    for option, kind, limit, what in (
+        ("--max-rows", _number(1, 100_000), 500, "rows of an answer"),
+        ("--max-bytes", _number(1_000, 100_000_000), 250_000, "bytes of an answer"),
+        ("--timeout", _seconds(0.1, 600), 15.0, "seconds of a call"),
+    ):
+        command.add_argument(
+            option, metavar="N", type=kind, default=limit, help=f"{what}; default: %(default)s"
+        )
 
 
 def _add_endpoint(command: argparse.ArgumentParser) -> None:
