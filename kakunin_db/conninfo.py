@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, Final
 
@@ -33,3 +34,11 @@ def lasting(dsn: str, **more: Any) -> str:
     given = {"connect_timeout": os.environ.get("PGCONNECT_TIMEOUT"), **conninfo.conninfo_to_dict(dsn)}
     missing = {name: value for name, value in {**LASTING, **more}.items() if given.get(name) is None}
     return conninfo.make_conninfo(dsn, **missing)
+
+
+def is_gone(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Also when the server ended it while it was idle, which libpq notices only when it looks."""
+    with contextlib.suppress(psycopg.OperationalError):
+        for _ in range(2):  # what the server said, and then the end
+            connection.pgconn.consume_input()
+    return connection.closed

@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import psycopg
-from psycopg.abc import PQGen
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import tuple_row
 from psycopg.types.json import Jsonb
 
 from ..conninfo import lasting
-from ..deadline import until
+from ..deadline import wait_until
 from ..errors import CredentialRejectedError, KakuninError, SignerUnavailableError, about
 from ..logs import why
 from .bearer import Bearer
@@ -332,13 +331,7 @@ class Recorder:
         self, key: tuple[str, str], agent: _Agent, attempt: _Attempt, metadata: dict[str, Any]
     ) -> None:
         connection = self._connected(key, agent)
-        moment = time.monotonic() + ON_TIME
-        wait = type(connection).wait
-
-        def on_time(gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
-            return wait(connection, until(gen, moment, ON_TIME), *args, **kwargs)
-
-        connection.wait = on_time  # type: ignore[method-assign]
+        wait_until(connection, time.monotonic() + ON_TIME)
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
         cursor.execute(_LIMITS, prepare=False)
         if attempt.transaction is not None:

@@ -21,7 +21,7 @@ from psycopg.rows import dict_row
 
 from ..binding import bind_agent_session
 from ..binding.psycopg_ import bound_as, hooked
-from ..conninfo import dsn_of
+from ..conninfo import dsn_of, is_gone
 from ..credential import AgentCredential
 from ..deadline import LateError, until
 from ..errors import BadInputError, named
@@ -72,7 +72,7 @@ class _Deadline:
 
     def within(self, gen: PQGen[T]) -> PQGen[T]:
         """The same, for connection.wait()."""
-        return until(gen, self._until, self._seconds or math.inf)
+        return until(gen, self._until)
 
 
 def _seconds(timeout: float | None) -> float | None:
@@ -123,7 +123,7 @@ class Connector:
             if not self._lock.acquire(timeout=-1 if deadline.left is None else deadline.left):
                 raise deadline.error()
             try:
-                if self._own is None or _is_gone(self._own):
+                if self._own is None or is_gone(self._own):
                     self._own = psycopg.connect(self._target, **_OWN | deadline.to_connect)
                 with _watched(self._own, deadline):
                     return self._fetch(self._own, query)
@@ -204,7 +204,7 @@ class AsyncConnector:
             except asyncio.TimeoutError:
                 raise deadline.error() from None
             try:
-                if self._own is None or _is_gone(self._own):
+                if self._own is None or is_gone(self._own):
                     connect = psycopg.AsyncConnection.connect
                     self._own = await connect(self._target, **_OWN | deadline.to_connect)
                 with _watched(self._own, deadline):
@@ -337,14 +337,6 @@ def _acts_as(target: Any, credential: AgentCredential | str | None) -> tuple[str
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     given = {name: value for name, value in (target.kwargs or {}).items() if name in known}
     return make_conninfo(target.conninfo, **given), credential
-
-
-def _is_gone(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
-    """Also when the server ended it while it was idle, which libpq notices only when it looks."""
-    with contextlib.suppress(psycopg.OperationalError):
-        for _ in range(2):  # what the server said, and then the end
-            connection.pgconn.consume_input()
-    return connection.closed
 
 
 def _ours(error: BaseException) -> BaseException:

@@ -9,16 +9,15 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import psycopg
-from psycopg.abc import PQGen
 from psycopg.rows import tuple_row
 
-from ..binding.attempts import _until, recorder
+from ..binding.attempts import recorder
 from ..binding.bearer import Bearer
 from ..binding.core import Core
 from ..binding.psycopg_ import PsycopgChannel, run
-from ..client.connectors import _is_gone
-from ..conninfo import lasting
+from ..conninfo import is_gone, lasting
 from ..credential import AgentCredential
+from ..deadline import wait_until
 from ..errors import BadInputError, UnknownCertificateError, named
 from ..signers import Signer
 
@@ -34,16 +33,6 @@ _LIMITS = (
     " pg_catalog.set_config('lock_timeout', '2000', true),"
     " pg_catalog.set_config('idle_in_transaction_session_timeout', '10000', true)"
 )
-
-
-def wait_until(connection: psycopg.Connection[Any], until: float) -> None:
-    """Ends with psycopg.OperationalError what the connection waits for after this ``time.monotonic()``."""
-    wait = type(connection).wait
-
-    def on_time(gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
-        return wait(connection, _until(gen, until), *args, **kwargs)
-
-    connection.wait = on_time  # type: ignore[method-assign]
 
 
 class Session:
@@ -141,7 +130,7 @@ class Session:
 
     def _connected(self) -> psycopg.Connection[Any]:
         connection = self._connection
-        if connection is None or _is_gone(connection):
+        if connection is None or is_gone(connection):
             self._disconnect()
             connection = self._connection = psycopg.connect(self.dsn, prepare_threshold=None)
             connection.read_only = False

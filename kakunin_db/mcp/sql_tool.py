@@ -38,10 +38,11 @@ from psycopg.types.json import Jsonb
 from ..binding.attempts import flush_attempts, recorder, statement_hash
 from ..binding.core import Core
 from ..binding.psycopg_ import PsycopgChannel, run
+from ..deadline import wait_until
 from ..errors import KakuninError
 from ..logs import why
 from .login import check_login
-from .session import Session, wait_until
+from .session import Session
 from .wire import Answer, LimitError, Wire
 
 WRITE_SCOPE: Final = "sql:write"
