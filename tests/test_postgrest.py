@@ -748,7 +748,8 @@ def test_a_service_that_sets_claims_itself(api: Api, hooked: bool | None) -> Non
             api.database.run("installer", SET_LOGINS, [logins, logins[: 1 + hooked]])
         with api.database.connect("storage_admin") as service:
             service.execute(
-                "select set_config('role', 'kakunin_agent', true), set_config('request.jwt.claims', %s, true)",
+                "select set_config('role', 'kakunin_agent', true),"
+                " set_config('request.jwt.claims', %s, true)",
                 [json.dumps({"kakunin_cert_serial": api.one.serial})],
             )
             rows = service.execute("select content from vault order by id").fetchall()
