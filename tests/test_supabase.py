@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import re
 import secrets
 import threading
 import time
@@ -18,6 +19,7 @@ import jwt
 import postgrest as client_of_postgrest
 import pytest
 import supabase
+from cluster import ROOT
 from conftest import Agent, Database
 from kms import Wire, serve_kms
 from orders import Tables, create_tables
@@ -505,3 +507,45 @@ def test_scopes_are_refused_by_name(orders: Orders) -> None:
         with pytest.raises(APIError) as raised:
             bound.schema("kakunin").rpc("require_scope", {"scope": "orders:write"}).execute()
     assert isinstance(named(raised.value), ScopeViolationError)
+
+
+# From the article's policy ------------------------------------------------------------------------------
+
+
+def test_the_way_from_the_article_s_policy_is_as_the_docs_have_it(orders: Orders) -> None:
+    text = (ROOT / "docs" / "supabase.md").read_text().partition("## From the article's policy")[2]
+    article, move = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    database, one, two = orders.database, orders.one, orders.two
+    with database.cluster.session(database.name, "app") as app:
+        app.execute(
+            "create table agent_vault (id bigint generated always as identity primary key,"
+            " permitted_agent_serial text, content text); alter table agent_vault enable row level security;"
+            " grant select, insert, update, delete on agent_vault to anon, authenticated"
+        )
+        app.execute(article)
+        app.execute(
+            "insert into agent_vault (permitted_agent_serial, content) values (%s, 'a'), (%s, 'b'),"
+            " (%s, 'c')",
+            [one.serial, one.serial.replace(":", "").lower(), two.serial],
+        )
+    orders.rest.reload()
+    select = "agent_vault?select=content&order=id"
+    claims = {"role": "authenticated", "kakunin_cert_serial": one.serial}
+    token = orders.rest.token(**claims)
+    assert orders.rest.request("GET", select, token=token).json == [{"content": "a"}]
+    with database.connect("app", autocommit=True) as app:
+        app.execute(move)
+    assert orders.rest.request("GET", select, token=token).json == [{"content": "a"}, {"content": "b"}]
+    with orders.bind(one) as bound:
+        assert contents(bound.table("agent_vault").select("content").order("id").execute()) == ["a", "b"]
+        made = bound.table("agent_vault").insert({"content": "d"}).execute().data
+        assert made[0]["permitted_agent_serial"] == one.serial
+    one.revoke()
+    assert orders.rest.request("GET", select, token=token).status == 403
+    orders.rest.restart(hook=False)
+    assert orders.rest.request("GET", select, token=token).json == []
+    orders.rest.restart(hook=True)
+    with orders.bind(two) as bound:
+        assert contents(bound.table("agent_vault").select("*").execute()) == ["c"]
+    with database.connect("app", autocommit=True) as app:
+        app.execute("drop table agent_vault")
