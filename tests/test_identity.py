@@ -1164,6 +1164,7 @@ STATES = sorted(re.findall(r"(KA\d{3}) \w", FOUNDATION.split("-- The files of th
 ELSEWHERE = {
     errors.SignerError,
     errors.SignerUnavailableError,
+    errors.VerificationUnavailableError,
     errors.WebhookVerificationError,
 }
 POSTGRES = {errors.PolicyViolationError}
