@@ -320,14 +320,32 @@ language plpgsql stable parallel restricted security definer set search_path = p
 as $$
 declare
   v_binding text collate "C" := current_setting('kakunin.session', true);
-  v_serial  text;
+  v_claims  text collate "C";
+  v_serial  text collate "C";
 begin
   if v_binding <> '' then
     return (
       select case when kakunin_private.mark_bound(v_binding, b.serial) then b.serial end
         from kakunin_private.bound_certificate(v_binding) b);
   end if;
-  v_serial := kakunin_private.serial_from_claims(current_setting('request.jwt.claims', true));
+  v_claims := current_setting('request.jwt.claims', true);
+  if v_claims is null or strpos(v_claims, 'kakunin_cert_serial') = 0 then
+    return null;
+  end if;
+  -- As almost every claim is: the canonical serial, in one statement. Claims are read as JSON only where the login is one that is believed.
+  v_serial := (
+    select c.serial
+      from kakunin_private.gateway_logins g
+      join kakunin_private.certificates c
+        on c.serial = case when g.login = session_user then v_claims::json ->> 'kakunin_cert_serial' end
+      join kakunin_private.agents a on a.agent_id = c.agent_id
+     where g.login = session_user and not g.hooked
+       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id));
+  if v_serial is not null then
+    return v_serial;
+  end if;
+  v_serial := kakunin_private.serial_from_claims(v_claims);
   if v_serial is null then
     return null;
   end if;
