@@ -45,28 +45,38 @@ API_ROLES = ["anon", "authenticated"]
 # that at the end none waits long for another.
 FIRST = {
     "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
-    "test_failover", "test_install", "test_ledger_tamper", "test_pgbouncer", "test_standby", "test_wheel",
-    "test_worker",
+    "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql", "test_mcp_ts",
+    "test_pgbouncer", "test_postgrest", "test_standby", "test_supabase_wire", "test_wheel", "test_worker",
 }  # fmt: skip
 
 
-# Of moments and not of versions: where several majors are tested in one run, these are on the newest alone.
-ONE_MAJOR = {"test_crash", "test_failover"}
+# Where several majors are tested in one run: what is a matter of moments and not of versions is tested on the
+# newest alone, and what is of the Python around the SQL on one of them. `make test-all` has all on each.
+NEWEST = {
+    "test_cache", "test_cli", "test_client", "test_crash", "test_failover", "test_mcp_ts", "test_supabase_js",
+}  # fmt: skip
+OLDEST = {
+    "test_acting", "test_attempts", "test_mcp", "test_mcp_examples", "test_mcp_sql", "test_mcp_wire",
+    "test_middleware", "test_middleware_proof", "test_middleware_servers", "test_monitoring", "test_signers",
+    "test_supabase_wire", "test_witness",
+}  # fmt: skip
 
 
 @pytest.hookimpl(trylast=True)  # the tests of a file and major stay together, as pytest's fixtures have them
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    older = [
+    one_major = dict.fromkeys(NEWEST, MAJORS[-1]) | dict.fromkeys(OLDEST, MAJORS[0])
+    elsewhere = [
         item
         for item in items
-        if item.path.stem in ONE_MAJOR
-        and isinstance(item, pytest.Function)
+        if isinstance(item, pytest.Function)
         and hasattr(item, "callspec")
-        and item.callspec.params.get("cluster", MAJORS[-1]) != MAJORS[-1]
+        and (major := item.callspec.params.get("cluster")) is not None
+        and major != one_major.get(item.path.stem, major)
     ]
-    if older:
-        config.hook.pytest_deselected(items=older)
-        items[:] = [item for item in items if item not in older]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        left_out = set(elsewhere)
+        items[:] = [item for item in items if item not in left_out]
     if hasattr(config, "workerinput"):  # with --dist loadfile --no-loadscope-reorder
         size = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.path.stem not in FIRST, -size[item.path], item.path))
