@@ -175,7 +175,7 @@ def _bypasses(key: str) -> bool:
 def _answered(response: httpx.Response, serial: str) -> CertificateVerification:
     """What the project said of the certificate; raises where it said nothing of use."""
     body: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):  # nested a thousand deep
         body = response.json()
     if response.status_code == 200:
         try:
@@ -217,7 +217,7 @@ def _verification(body: Any) -> CertificateVerification:
     return CertificateVerification(
         **{f.name: body.get(f.name) for f in dataclasses.fields(CertificateVerification)}
         | {
-            "agent_id": None if agent_id is None else uuid.UUID(agent_id),
+            "agent_id": None if agent_id is None else uuid.UUID(str(agent_id)),
             "status": body["status"],
             "permitted_actions": tuple(map(str, body.get("permitted_actions") or ())),
         }
