@@ -33,7 +33,7 @@ _SHORTEST_SECRET: Final = 32
 
 AGENT_ROLE: Final = "kakunin_agent"
 # Roles that row security does not bind, or that a request could become any other from.
-_PRIVILEGED: Final = ("service_role", "authenticator", "postgres", "supabase_admin")
+PRIVILEGED: Final = ("service_role", "authenticator", "postgres", "supabase_admin")
 
 
 def _number(value: int) -> str:
@@ -201,7 +201,7 @@ class Minter:
             raise BadInputError(f"a token lives 1 to {LIFETIME} seconds")
         if not isinstance(role, str) or not role:
             raise BadInputError("role is the name of a role of the database")
-        if role in _PRIVILEGED:
+        if role in PRIVILEGED:
             raise BadInputError(
                 f"the role {role} is not bound by row security, or can become any other",
                 f"Leave it out: {AGENT_ROLE} has what an agent needs. Or give authenticated.",

@@ -36,6 +36,12 @@ begin
   -- IF NOT EXISTS would ask for CREATE on the database even where there is nothing to create.
   if to_regnamespace('kakunin_private') is null then
     create schema kakunin_private;
+  elsif v_owner is null
+    and (select n.nspowner from pg_namespace n where n.nspname = 'kakunin_private') <> current_user::regrole then
+    -- Its owner could drop what is made in it, and put functions of its own beside those that run as ours.
+    raise exception using errcode = 'insufficient_privilege',
+      message = format('schema kakunin_private is there already, and is not of %I', current_user),
+      hint = 'Look at what is in it and who made it, and drop it.';
   end if;
 end
 $before$;

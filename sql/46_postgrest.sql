@@ -16,8 +16,9 @@
 -- function of the project's that calls it. PostgREST's other statements begin with WITH, and the names in them are
 -- all that a request contributes to their text.
 --
--- What SQL of the caller's can still do there is what PostgREST's login can do: `set role` to any role that the
--- login is a member of, service_role with its BYPASSRLS among them. See docs/supabase-trust.md.
+-- That is for the request alone. What SQL of the caller's can still do there is what PostgREST's login can do, `set role`
+-- to any role that it is a member of, service_role with its BYPASSRLS among them; and what it leaves on PostgREST's
+-- session, prepared statements and temporary types for two, runs in others' requests. See docs/supabase-trust.md.
 
 create function kakunin_private.refuse_request(p_status integer, p_code text, p_message text, p_hint text) returns void
 language plpgsql volatile parallel unsafe

@@ -6,6 +6,28 @@
 
 revoke all on all functions in schema kakunin, kakunin_private from public;
 
+-- Default privileges of the login that installs (ALTER DEFAULT PRIVILEGES) are granted on what it makes, to anybody:
+-- bind_serial() or the session key would be theirs with it.
+do $defaults$
+declare
+  v_grantee text;
+begin
+  for v_grantee in
+    select distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end
+      from (select n.oid as schema, n.nspowner as owner, n.nspacl as acl from pg_namespace n
+            union all select c.relnamespace, c.relowner, c.relacl from pg_class c
+            union all select p.pronamespace, p.proowner, p.proacl from pg_proc p) o,
+           aclexplode(o.acl) a
+     where o.schema in ('kakunin'::regnamespace, 'kakunin_private'::regnamespace) and a.grantee <> o.owner
+  loop
+    execute format('revoke all on all functions in schema kakunin, kakunin_private from %s', v_grantee);
+    execute format('revoke all on all tables in schema kakunin, kakunin_private from %s', v_grantee);
+    execute format('revoke all on all sequences in schema kakunin, kakunin_private from %s', v_grantee);
+    execute format('revoke all on schema kakunin, kakunin_private from %s', v_grantee);
+  end loop;
+end
+$defaults$;
+
 grant usage on schema kakunin to
   kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
 

@@ -148,7 +148,15 @@ def test_the_migration_applies_as_postgres_and_touches_nothing_else(
         assert not owner.execute("select rolsuper from pg_roles where rolname = 'postgres'").fetchone()[0]  # type: ignore[index]
 
 
-def test_api_roles_get_what_is_listed_and_no_more(project: Cluster, database: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("defaults", [False, True], ids=["", "default-privileges"])
+def test_api_roles_get_what_is_listed_and_no_more(
+    project: Cluster, database: str, tmp_path: Path, defaults: bool
+) -> None:
+    if defaults:  # of the role that migrates, in no schema in particular: whatever it makes is granted to all
+        with project.connect(database, "postgres", autocommit=True) as owner:
+            for kind in ("functions", "tables", "sequences", "schemas"):
+                for grantee in ("public", "anon, authenticated, service_role"):
+                    owner.execute(f"alter default privileges grant all on {kind} to {grantee}".encode())
     assert psql(project, database, "-f", write(tmp_path, supabase_sql())).returncode == 0
     with project.connect(database, "supabase_admin") as admin:
         for role in ("anon", "authenticated", "service_role"):
@@ -173,8 +181,11 @@ def test_api_roles_get_what_is_listed_and_no_more(project: Cluster, database: st
                 [role],
             ).fetchone()
             assert readable == (0,)
-            usage = "select has_schema_privilege(%s, 'kakunin_private', 'usage')"
-            assert admin.execute(usage, [role]).fetchone() == (False,)
+            schemas = (
+                "select has_schema_privilege(%(role)s, 'kakunin_private', 'usage'),"
+                " has_schema_privilege(%(role)s, 'kakunin', 'create')"
+            )
+            assert admin.execute(schemas, {"role": role}).fetchone() == (False, False)
         # An agent's role has nothing of theirs, nor they of its.
         for role, of in itertools.permutations(["kakunin_agent", "anon", "authenticated", "service_role"], 2):
             assert admin.execute("select pg_has_role(%s, %s, 'member')", [role, of]).fetchone() == (False,)

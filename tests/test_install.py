@@ -576,6 +576,16 @@ def test_missing_create_is_named(empty: Empty, capsys: pytest.CaptureFixture[str
     assert everything(empty.dsn) == before
 
 
+@pytest.mark.parametrize("user", ["installer", "postgres"])
+def test_a_private_schema_of_somebody_else_s_is_refused(empty: Empty, user: str) -> None:
+    """Its owner could put functions beside the kit's, which would run as the kit's owner."""
+    empty.admin("create schema kakunin_private authorization agent_1")
+    empty.admin("grant all on schema kakunin_private to installer")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="kakunin_private is there already"):
+        migrate(empty.cluster.dsn(empty.name, user))
+    assert empty.kit_schemas == {"kakunin_private"}
+
+
 def test_missing_createrole_is_named(bare: Empty, capsys: pytest.CaptureFixture[str]) -> None:
     bare.admin(f"create role plain login; grant create on database {bare.name} to plain")
     try:

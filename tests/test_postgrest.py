@@ -634,31 +634,76 @@ def test_g1_sql_of_the_callers_sees_its_own(dynamic: Api) -> None:
     assert [row["content"] for row in answer.json] == ["one-a", "one-b"]
 
 
-def test_sql_of_the_callers_has_the_roles_of_the_login(dynamic: Api) -> None:
-    """The boundary that docs/supabase-trust.md draws: what PostgREST's login may become, such SQL becomes. A
-    login for agents alone, which is a member of their role and of no other, ends it."""
-    look = {"query": "set local role service_role;;select content from vault"}
-    answer = dynamic.request("POST", "rpc/run", dynamic.one, look)
-    assert "two-a" in answer.text
-
-    with dynamic.database.cluster.connect(autocommit=True) as admin:
+@pytest.fixture
+def narrow(dynamic: Api) -> Iterator[Api]:
+    """The same through a login that is a member of the agents' role and of no other, on one session."""
+    database = dynamic.database
+    with database.cluster.connect(autocommit=True) as admin:
         admin.execute("create role agents_api login noinherit")
         admin.execute("grant kakunin_agent to agents_api")
-    dynamic.database.run("installer", SET_LOGINS, [["agents_api"]] * 2)
+    database.run("installer", SET_LOGINS, [["agents_api"]] * 2)
     try:
-        settings = {"DB_ANON_ROLE": "kakunin_agent"}
-        database = dynamic.database
-        with PostgREST(database.cluster, database.name, login="agents_api", settings=settings) as narrow:
-            there = Api(narrow, dynamic.database, dynamic.one, dynamic.two)
+        settings = {"DB_ANON_ROLE": "kakunin_agent", "DB_POOL": "1"}
+        with PostgREST(database.cluster, database.name, login="agents_api", settings=settings) as rest:
+            there = Api(rest, database, dynamic.one, dynamic.two)
             assert there.rows(there.one) == ["one-a", "one-b"]
-            answer = there.request("POST", "rpc/run", there.one, look)
-            assert answer.json["code"] == "42501"
-            for sql in forgeries(there.two.serial).values():
-                assert "two-" not in there.request("POST", "rpc/run", there.one, {"query": sql}).text
+            yield there
     finally:
         unhook(dynamic, hooked=True, hook=True)
-        with dynamic.database.cluster.connect(autocommit=True) as admin:
+        with database.cluster.connect(autocommit=True) as admin:
             admin.execute("drop role agents_api")
+
+
+SERVICE_ROLE = {"query": "set local role service_role;;select content from vault"}
+
+
+def test_sql_of_the_callers_has_the_roles_of_the_login(dynamic: Api) -> None:
+    """The boundary that docs/supabase-trust.md draws: what PostgREST's login may become, such SQL becomes."""
+    assert "two-a" in dynamic.request("POST", "rpc/run", dynamic.one, SERVICE_ROLE).text
+
+
+def test_sql_of_the_callers_does_not_become_another_agent_in_its_own_request(narrow: Api) -> None:
+    assert narrow.request("POST", "rpc/run", narrow.one, SERVICE_ROLE).json["code"] == "42501"
+    for name, sql in forgeries(narrow.two.serial).items():
+        assert "two-" not in narrow.request("POST", "rpc/run", narrow.one, {"query": sql}).text, name
+
+
+def run(api: Api, query: str) -> Any:
+    answer = api.request("POST", "rpc/run", api.one, {"query": query})
+    assert answer.status == 200, answer
+    return answer.json
+
+
+def test_sql_of_the_callers_runs_in_the_next_request_of_its_session(narrow: Api) -> None:
+    """The rest of that boundary: PostgREST names types as they are found in pg_temp first."""
+    run(
+        narrow,
+        "create temp table loot (content pg_catalog.text);;"
+        "create function pg_temp.look(pg_catalog.text) returns boolean language plpgsql as"
+        " 'begin insert into loot select content from public.vault; return true; end';;"
+        "create domain pg_temp.text as pg_catalog.text check (pg_temp.look(value))",
+    )
+    own = {"permitted_agent_serial": narrow.two.serial, "content": "x"}
+    assert narrow.request("POST", "vault", narrow.two, own).status == 201
+    assert {"content": "two-a"} in run(narrow, "select content from loot")
+
+
+def test_sql_of_the_callers_replaces_what_sets_the_claims(narrow: Api) -> None:
+    """And it is read by pre_request() as PostgREST's own. Or such SQL takes the login for itself."""
+    [sets] = run(
+        narrow,
+        "select name, statement, parameter_types::text as types from pg_prepared_statements"
+        " where starts_with(statement, 'select set_config(') and statement ~ 'request.jwt.claims'",
+    )
+    name, types = sets["name"], sets["types"].strip("{}")
+    claims = json.dumps({"kakunin_cert_serial": narrow.two.serial})
+    run(
+        narrow,
+        f'deallocate "{name}";;prepare "{name}" ({types}) as'
+        f" {sets['statement']}, set_config('request.jwt.claims', '{claims}', true)",
+    )
+    assert narrow.rows(narrow.one) == ["two-a", "two-b"]
+    run(narrow, "set local role none;;alter role agents_api password 'known'")
 
 
 def test_g2_a_shared_session_is_bound_for_no_longer_than_a_request(api: Api) -> None:

@@ -219,7 +219,9 @@ def test_auth_is_left_to_users(project: Project, given: supabase.Client) -> None
     assert "x-kakunin-cert-serial" not in request.headers
 
 
-@pytest.mark.parametrize("key", [api_key("service_role"), "sb_secret_abc"])
+@pytest.mark.parametrize(
+    "key", [*map(api_key, ("service_role", "supabase_admin", "postgres", "authenticator")), "sb_secret_abc"]
+)
 def test_a_client_with_a_key_that_bypasses_row_security_is_refused(project: Project, key: str) -> None:
     given = supabase.create_client(project.url, key)
     with pytest.raises(BadInputError, match="row security"):
@@ -370,6 +372,9 @@ WRONG = {
     "a list": (raw(200, [certificate()]), VerificationUnavailableError),
     "valid as a text": (raw(200, certificate(valid="true")), VerificationUnavailableError),
     "no agent": (raw(200, certificate(agent_id=None)), VerificationUnavailableError),
+    "nested too deep": (raw(200, b"[" * 200_000), VerificationUnavailableError),
+    "a failure nested too deep": (raw(500, b"[" * 200_000), VerificationUnavailableError),
+    "an agent that is a number": (raw(200, certificate(agent_id=7)), VerificationUnavailableError),
     "an agent that is none": (raw(200, certificate(agent_id="atlas")), VerificationUnavailableError),
     "no end": (raw(200, certificate(not_after=None)), VerificationUnavailableError),
     "an end without a zone": (raw(200, certificate(not_after="2099-01-01")), VerificationUnavailableError),
@@ -554,6 +559,19 @@ async def test_a_redirect_takes_the_agent_s_identity_to_no_other_origin(
             assert not IDENTITY & request.headers.keys()
     assert [r.path for r in project.done[-2:-1]] == ["/rest/v1/here"]
     assert project.done[-2].claims["kakunin_cert_serial"] == SERIAL
+
+
+async def test_a_user_in_a_url_does_not_take_the_token_s_place(
+    project: Project, given: supabase.Client, given_async: supabase.AsyncClient
+) -> None:
+    there = project.url.replace("://", "://user:password@") + "/rest/v1/here"
+    project.answer = lambda r: Answer(307, b"", {"Location": there}) if r.path == "/rest/v1/moved" else None
+    with bind_agent_session(given, SERIAL, jwt_secret=SECRET) as bound:
+        bound.table("moved").select("*").execute()
+    async with bind_agent_session(given_async, SERIAL, jwt_secret=SECRET) as bound_async:
+        await bound_async.table("moved").select("*").execute()
+    assert [r.path for r in project.done] == ["/rest/v1/moved", "/rest/v1/here"] * 2
+    assert_agent_s(project, 4)
 
 
 def test_an_http_client_of_the_caller_s_is_used_and_outlives_the_binding(project: Project) -> None:

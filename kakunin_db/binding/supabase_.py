@@ -47,11 +47,14 @@ from ..errors import (
 from ..logs import why
 from ..results import CertificateVerification
 from ..serials import normalize_serial
-from ..tokens import Minter, Token
+from ..tokens import PRIVILEGED, Minter, Token
 
 SERIAL_HEADER: Final = "X-Kakunin-Cert-Serial"
 # Headers that say who asks, and go to no other origin.
 _IDENTITY: Final = ("authorization", "apikey", SERIAL_HEADER.lower())
+# Leaves the header Authorization. Without it httpx puts a user and password there that a URL, or the Location
+# of a redirect, has.
+_AS_IT_IS: Final = httpx.Auth()
 # The first whose parts are known to share the HTTP client they are given, and whose Realtime is as below.
 _OLDEST: Final = (2, 34)
 # Seconds between attempts to renew what Realtime was told, while that is good still.
@@ -159,7 +162,7 @@ _SESSION: Final = ("auto_refresh_token", "persist_session")
 
 
 def _bypasses(key: str) -> bool:
-    """Whether an API key is one of those that bypass row security: a secret key, or service_role's JWT."""
+    """Whether an API key is one of those that bypass row security: a secret key, or such a role's JWT."""
     if key.startswith("sb_secret_"):
         return True
     parts = key.split(".")
@@ -169,13 +172,13 @@ def _bypasses(key: str) -> bool:
         claims = json.loads(urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
     except ValueError:
         return False
-    return isinstance(claims, dict) and claims.get("role") == "service_role"
+    return isinstance(claims, dict) and claims.get("role") in PRIVILEGED
 
 
 def _answered(response: httpx.Response, serial: str) -> CertificateVerification:
     """What the project said of the certificate; raises where it said nothing of use."""
     body: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):  # nested a thousand deep
         body = response.json()
     if response.status_code == 200:
         try:
@@ -217,7 +220,7 @@ def _verification(body: Any) -> CertificateVerification:
     return CertificateVerification(
         **{f.name: body.get(f.name) for f in dataclasses.fields(CertificateVerification)}
         | {
-            "agent_id": None if agent_id is None else uuid.UUID(agent_id),
+            "agent_id": None if agent_id is None else uuid.UUID(str(agent_id)),
             "status": body["status"],
             "permitted_actions": tuple(map(str, body.get("permitted_actions") or ())),
         }
@@ -274,7 +277,7 @@ class _Tokens:
             if self._certificates is not None:
                 return self._certificates.status(serial)
             request = self._http.build_request(**self._agent.question(self._minter.asking()))
-            response = self._http.send(request, auth=None, follow_redirects=False)
+            response = self._http.send(request, auth=_AS_IT_IS, follow_redirects=False)
         except (httpx.HTTPError, psycopg.Error) as error:
             raise _unreachable(serial, error) from error
         return _answered(response, serial)
@@ -319,7 +322,7 @@ class _AsyncTokens:
                 return await self._certificates.status(serial)
             asking = await self._signed(self._minter.asking)
             request = self._http.build_request(**self._agent.question(asking))
-            response = await self._http.send(request, auth=None, follow_redirects=False)
+            response = await self._http.send(request, auth=_AS_IT_IS, follow_redirects=False)
         except (httpx.HTTPError, psycopg.Error) as error:
             raise _unreachable(serial, error) from error
         return _answered(response, serial)
@@ -338,7 +341,7 @@ class _Transport(httpx.BaseTransport):
         if self._agent.ours(request):
             self._agent.stamp(request, self._tokens.get())
         _set_timeout(request, self._agent, self._owned)
-        return self._http.send(request, auth=None, follow_redirects=False, stream=True)
+        return self._http.send(request, auth=_AS_IT_IS, follow_redirects=False, stream=True)
 
     def close(self) -> None:
         if self._owned:
@@ -356,7 +359,7 @@ class _AsyncTransport(httpx.AsyncBaseTransport):
         if self._agent.ours(request):
             self._agent.stamp(request, await self._tokens.get())
         _set_timeout(request, self._agent, self._owned)
-        return await self._http.send(request, auth=None, follow_redirects=False, stream=True)
+        return await self._http.send(request, auth=_AS_IT_IS, follow_redirects=False, stream=True)
 
     async def aclose(self) -> None:
         if self._owned:
