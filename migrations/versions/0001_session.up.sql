@@ -2921,8 +2921,9 @@ comment on view kakunin.crls is 'The newest revocation list of each authority, D
 -- function of the project's that calls it. PostgREST's other statements begin with WITH, and the names in them are
 -- all that a request contributes to their text.
 --
--- What SQL of the caller's can still do there is what PostgREST's login can do: `set role` to any role that the
--- login is a member of, service_role with its BYPASSRLS among them. See docs/supabase-trust.md.
+-- That is for the request alone. What SQL of the caller's can still do there is what PostgREST's login can do, `set role`
+-- to any role that it is a member of, service_role with its BYPASSRLS among them; and what it leaves on PostgREST's
+-- session, prepared statements and temporary types for two, runs in others' requests. See docs/supabase-trust.md.
 
 create function kakunin_private.refuse_request(p_status integer, p_code text, p_message text, p_hint text) returns void
 language plpgsql volatile parallel unsafe
@@ -6397,6 +6398,28 @@ comment on view kakunin.webhook_deliveries is 'What was sent or is to be, to who
 -- become any agent, and renew_installation(), which is for a copy of a database.
 
 revoke all on all functions in schema kakunin, kakunin_private from public;
+
+-- Default privileges of the login that installs (ALTER DEFAULT PRIVILEGES) are granted on what it makes, to anybody:
+-- bind_serial() or the session key would be theirs with it.
+do $defaults$
+declare
+  v_grantee text;
+begin
+  for v_grantee in
+    select distinct case a.grantee when 0 then 'public' else a.grantee::regrole::text end
+      from (select n.oid as schema, n.nspowner as owner, n.nspacl as acl from pg_namespace n
+            union all select c.relnamespace, c.relowner, c.relacl from pg_class c
+            union all select p.pronamespace, p.proowner, p.proacl from pg_proc p) o,
+           aclexplode(o.acl) a
+     where o.schema in ('kakunin'::regnamespace, 'kakunin_private'::regnamespace) and a.grantee <> o.owner
+  loop
+    execute format('revoke all on all functions in schema kakunin, kakunin_private from %s', v_grantee);
+    execute format('revoke all on all tables in schema kakunin, kakunin_private from %s', v_grantee);
+    execute format('revoke all on all sequences in schema kakunin, kakunin_private from %s', v_grantee);
+    execute format('revoke all on schema kakunin, kakunin_private from %s', v_grantee);
+  end loop;
+end
+$defaults$;
 
 grant usage on schema kakunin to
   kakunin_agent, kakunin_gateway, kakunin_registrar, kakunin_operator, kakunin_worker, kakunin_auditor;
