@@ -676,7 +676,7 @@ def _mcp_command(groups: Any) -> None:
     )
     for option, kind, limit, what in (
         ("--max-rows", _number(1, 100_000), 500, "rows of an answer"),
-        ("--max-bytes", _number(1_000, 100_000_000), 250_000, "bytes of an answer"),
+        ("--max-bytes", _number(10_000, 100_000_000), 250_000, "bytes of an answer"),
         ("--timeout", _seconds(0.1, 600), 15.0, "seconds of a call"),
     ):
         command.add_argument(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any, TypeVar, cast
 
 from .client import AsyncKakunin, Kakunin
@@ -101,10 +102,20 @@ def verify_agent_scope(
         if inspect.isasyncgenfunction(function):
 
             @functools.wraps(function)
-            async def async_generator(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            async def async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
                 await guard.acheck()
-                async for item in function(*args, **kwargs):
-                    yield item
+                async with contextlib.aclosing(function(*args, **kwargs)) as items:
+                    with contextlib.suppress(StopAsyncIteration):
+                        item = await items.asend(None)
+                        while True:
+                            try:
+                                sent = yield item
+                            except GeneratorExit:
+                                raise
+                            except BaseException as error:
+                                item = await items.athrow(error)
+                            else:
+                                item = await items.asend(sent)
 
             wrapper = async_generator
         elif inspect.iscoroutinefunction(function):

@@ -103,6 +103,21 @@ def test_what_an_auditor_lists(open_client: Opener, database: Database) -> None:
         open_client("agent_1").events.list()
 
 
+def test_an_agent_whose_login_is_an_auditors_lists_its_own(open_client: Opener, database: Database) -> None:
+    """Who acts for an agent reads as it: what all wrote is for an auditor, whose reading is recorded."""
+    agent, other = database.agent(), database.agent()
+    open_client("agent_1", credential=other.credential).events.create("api_call")
+    with database.connect("postgres", autocommit=True) as admin:
+        admin.execute("grant kakunin_auditor to agent_2")
+        try:
+            acting = open_client("agent_2", credential=agent.credential)
+            made = acting.events.create("api_call")
+            assert acting.events.list() == [made]
+            assert acting.events.list(agent_id=other.agent_id) == []
+        finally:
+            admin.execute("revoke kakunin_auditor from agent_2")
+
+
 @pytest.mark.parametrize(
     ("event_type", "options"),
     [
@@ -308,6 +323,37 @@ def test_g3_between_two_calls(open_client: Opener, database: Database, scopes: l
         with pytest.raises(CertificateRevokedError):
             guarded()
     assert guarded.ran == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE_READ", "SERIALIZABLE"])
+def test_g3_a_snapshot_is_no_answer(database: Database, level: str) -> None:
+    """In a transaction of the caller's that still sees how things were."""
+    agent = database.agent(permitted_actions=SCOPES)
+    with database.connect("agent_1") as connection:
+        connection.isolation_level = psycopg.IsolationLevel[level]
+        with bind_agent_session(connection, agent.credential):
+            guard = ScopeGuard(Kakunin(connection), None, SCOPES[:1])
+            guard.check()
+            agent.revoke()
+            for _ in range(2):
+                with pytest.raises(VerificationUnavailableError, match="how things were when it began"):
+                    guard.check()
+            connection.rollback()
+            with pytest.raises(CertificateRevokedError):
+                guard.check()
+
+    async def asynchronous() -> None:
+        agent = database.agent(permitted_actions=SCOPES)
+        async with await psycopg.AsyncConnection.connect(database.dsn("agent_1")) as connection:
+            await connection.set_isolation_level(psycopg.IsolationLevel[level])
+            async with bind_agent_session(connection, agent.credential):
+                guard = ScopeGuard(AsyncKakunin(connection))
+                await guard.acheck()
+                agent.revoke()
+                with pytest.raises(VerificationUnavailableError):
+                    await guard.acheck()
+
+    asyncio.run(asynchronous())
 
 
 def test_who_cannot_prove_it(open_client: Opener, database: Database) -> None:
@@ -526,6 +572,37 @@ def test_functions_of_every_kind(database: Database) -> None:
                 assert ran == []
 
     calls: list[tuple[Any, Any]] = []
+    asyncio.run(asynchronous())
+
+
+def test_a_guarded_generator_is_the_function_s(database: Database) -> None:
+    """What is sent and thrown arrives, and its end is at once."""
+    agent = database.agent()
+    ran: list[Any] = []
+
+    async def asynchronous() -> None:
+        async with AsyncKakunin(database.dsn("agent_1"), credential=agent.credential) as kakunin:
+
+            @verify_agent_scope(kakunin)
+            async def items() -> Any:
+                try:
+                    ran.append((yield 1))
+                    try:
+                        yield 2
+                    except KeyError as error:
+                        ran.append(error.args[0])
+                    yield 3
+                finally:
+                    ran.append("closed")
+
+            running = items()
+            assert await anext(running) == 1
+            assert await running.asend("sent") == 2
+            assert await running.athrow(KeyError("thrown")) == 3
+            await running.aclose()
+            assert ran == ["sent", "thrown", "closed"]
+            assert [x async for x in items()] == [1, 2, 3]
+
     asyncio.run(asynchronous())
 
 

@@ -122,6 +122,14 @@ async def test_the_agent_reads_its_own_rows(agent: Agent, writer: Agent, tmp_pat
         assert [kind for kind, _ in events(agent)] == ["data_access"] * 7
 
 
+async def test_what_json_or_the_protocol_cannot_have_is_text(agent: Agent, tmp_path: Path) -> None:
+    async with serving(environment(agent, tmp_path, "agent_1"), "--sql") as tools:
+        for value in ('{"a": 1, "a": 2}', *("[" * deep + "]" * deep for deep in (66, 300, 900))):
+            assert await rows(tools, f"select '{value}'::json") == [[value]]
+        ((value,),) = await rows(tools, f"select '{'[' * 60}{']' * 60}'::json")
+        assert isinstance(value, list)
+
+
 async def test_writing_takes_a_scope_and_the_word(agent: Agent, writer: Agent, tmp_path: Path) -> None:
     insert = "insert into notes select kakunin.current_cert_serial(), 'new' returning note"
     async with serving(environment(agent, tmp_path, "agent_1"), "--sql") as tools:
@@ -411,6 +419,44 @@ def busy(database: Database, expected: int, seconds: float = 6) -> bool:
                 return True
             time.sleep(0.05)
     return False
+
+
+async def test_no_refusal_is_hidden_behind_a_limit(
+    writer: Agent, agent: Agent, traps: Database, tmp_path: Path
+) -> None:
+    """What uses the bytes up first is not followed by a statement whose refusal would not be read."""
+    async with serving(environment(writer, tmp_path, "agent_1"), "--sql", "--max-bytes", "50000") as tools:
+
+        def attempts() -> int:
+            return [kind for kind, _ in events(writer)].count("unauthorized_access_attempt")
+
+        for left in (0, 50, 150, 300, 1000, 3000, 3900, 4300, 6000):
+            fill = f"select repeat('x', {50_000 - left - 200})"
+            plant = f"insert into notes values ('{agent.serial}', 'planted')"
+            for statement in ("select * from secrets", "select * from kakunin_private.ledger", plant):
+                before = attempts()
+                write = statement is plant
+                refused = await tools.refused("query", {"statements": [fill, statement], "write": write})
+                assert (refused["code"], attempts() - before) in {("42501", 1), ("result_too_large", 0)}
+                if refused["code"] == "42501":
+                    assert refused["recorded"] is True
+                else:
+                    assert left < 5000
+        # Such a statement was not sent: what it would have made is not there, nor is it said to be unknown.
+        ((before,),) = traps.run("app", "select last_value from counter")
+        late = "select nextval('counter')"  # no rollback takes it back
+        for left in range(0, 4000, 500):
+            statements = [f"select repeat('x', {50_000 - left - 200})", late]
+            refused = await tools.refused("query", {"statements": statements, "write": True})
+            assert refused["code"] == "result_too_large"
+            assert "nothing was changed" in refused["error"]
+        assert traps.run("app", "select last_value from counter") == [(before,)]
+        # And where it is the commit for which there is no room.
+        insert = "insert into notes select kakunin.current_cert_serial(), 'a' returning repeat('x', 47000)"
+        refused = await tools.refused("query", {"sql": insert, "write": True})
+        assert refused["code"] == "result_too_large"
+        assert "nothing was changed" in refused["error"]
+    assert notes(writer) == []
 
 
 # When something ends ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from kakunin_db import BadInputError
 from kakunin_db.middleware import AsyncGateway, Gateway, Refused
 from kakunin_db.middleware.asgi import KakuninMiddleware
 from kakunin_db.middleware.core import Rules, is_ambiguous, permits
+from kakunin_db.middleware.wsgi import KakuninMiddleware as WSGIMiddleware
 
 every = pytest.mark.parametrize("framework", FRAMEWORKS)
 
@@ -228,6 +229,43 @@ async def test_a_mounted_application_is_under_its_whole_path(framework: str, dat
             assert answer.outcome == (403, "scope_violation")
         else:
             assert answer.json["serial"] == agent.serial
+
+
+def test_a_mount_named_in_the_request_gets_around_no_scope(database: Database) -> None:
+    """gunicorn takes SCRIPT_NAME from a field of that name, and applications route by what is left."""
+    agent = database.agent(permitted_actions=["orders:read"])
+    ran: list[str] = []
+
+    def application(environ: Any, start_response: Any) -> list[bytes]:
+        ran.append(environ["PATH_INFO"])
+        start_response("200 OK", [])
+        return []
+
+    def send(mount: str, path: str, *, named: bool, serial: str | None = agent.serial) -> str:
+        environ = {"REQUEST_METHOD": "GET", "SCRIPT_NAME": mount, "PATH_INFO": path, "RAW_URI": mount + path}
+        environ |= {"HTTP_SCRIPT_NAME": mount} if named else {}
+        environ |= {"HTTP_X_KAKUNIN_CERT_SERIAL": serial} if serial else {}
+        said: list[str] = []
+        list(middleware(environ, lambda status, headers: said.append(status[:3])))
+        return said[0]
+
+    with contextlib.closing(Gateway(database.dsn("gateway"))) as gateway:
+        middleware = WSGIMiddleware(
+            application, gateway, proof="serial",
+            scopes={"/": (), "/admin": "admin:all", "/api/orders": "orders:read"},
+            public=["/open/admin", "/open"],
+        )  # fmt: skip
+        for mount, path in (
+            ("/x", "/admin"), ("/x", "/admin/users"), ("/api/orders", "/admin"), ("/open", "/admin"),
+        ):  # fmt: skip
+            assert send(mount, path, named=True) == "403", (mount, path)
+        assert send("/open", "/admin", named=True, serial=None) == "401"
+        assert send("/ope", "n", named=True, serial=None) == "400"
+        assert ran == []
+        # A proxy's, which says the same of what everybody may; and the server's own configuration.
+        assert send("/api", "/orders", named=True) == "200"
+        assert send("/x", "/admin", named=False) == "200"
+        assert ran == ["/orders", "/admin"]
 
 
 @every

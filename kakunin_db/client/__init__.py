@@ -427,8 +427,11 @@ class Kakunin:
         and the agent is ``agent_id`` where that is given.
 
         Raises what says why not: CertificateRevokedError, CertificateValidityError, AgentSuspendedError,
-        UnknownCertificateError, CredentialRejectedError (also where nobody is bound), ScopeViolationError."""
-        self._connector.run(ops.require_agent_scope(agent_id, actions))
+        UnknownCertificateError, CredentialRejectedError (also where nobody is bound), ScopeViolationError;
+        VerificationUnavailableError within a transaction of the caller's above READ COMMITTED."""
+        self._connector.run(
+            ops.require_agent_scope(agent_id, actions, in_transaction=self._connector.in_transaction())
+        )
 
     def check_risk_score(self) -> AgentRisk:
         """Where the risk of the agent that this acts for stands, and what it had better do."""
@@ -717,7 +720,9 @@ class AsyncKakunin:
 
     async def require_agent_scope(self, *actions: str, agent_id: AgentId | None = None) -> None:
         """See :meth:`Kakunin.require_agent_scope`."""
-        await self._connector.run(ops.require_agent_scope(agent_id, actions))
+        await self._connector.run(
+            ops.require_agent_scope(agent_id, actions, in_transaction=self._connector.in_transaction())
+        )
 
     async def check_risk_score(self) -> AgentRisk:
         """See :meth:`Kakunin.check_risk_score`."""

@@ -34,6 +34,7 @@ from ..errors import (
     SignerError,
     SignerUnavailableError,
     UnknownCertificateError,
+    VerificationUnavailableError,
     with_sqlstate,
 )
 from ..results import (
@@ -693,13 +694,22 @@ def _decision(found: dict[str, Any]) -> ScopeDecision:
     return ScopeDecision(**found | {"agent_id": None if agent_id is None else uuid.UUID(agent_id)})
 
 
-def require_agent_scope(agent_id: AgentId | None, scopes: Sequence[str]) -> Steps[None]:
+def require_agent_scope(
+    agent_id: AgentId | None, scopes: Sequence[str], *, in_transaction: bool
+) -> Steps[None]:
+    """``in_transaction``: the statement is not the first of its transaction."""
     expected = None if agent_id is None else as_uuid(agent_id)
     rows = yield Query(
-        "select kakunin.current_agent_id() as agent_id, kakunin.verify_agent_scope(s.scope) as decision"
+        "select kakunin.current_agent_id() as agent_id, kakunin.verify_agent_scope(s.scope) as decision,"
+        " current_setting('transaction_isolation') as isolation"
         " from kakunin.require_session() left join unnest(%s::text[]) s(scope) on true",
         [list(scopes)],
     )
+    if in_transaction and {row["isolation"] for row in rows} - {"read committed"}:
+        raise VerificationUnavailableError(
+            f"a transaction that is {rows[0]['isolation'].upper()} shows how things were when it began",
+            "End it first, or give the client a connection in READ COMMITTED, a pool or a DSN.",
+        )
     acting = {row["agent_id"] for row in rows}
     if expected is not None and acting != {expected}:
         raise ScopeViolationError(
@@ -782,7 +792,8 @@ def list_events(
         "before": before,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    if not setup.acting():
+    acting = setup.acting()
+    if not acting:
         yield Query("select kakunin.record_read('list', %s::jsonb)", [json.dumps(given)])
     conditions = {
         "agent_id": "agent_id = %(agent_id)s::uuid",
@@ -791,6 +802,8 @@ def list_events(
         "before": "event_id < %(before)s",
     }
     where = "".join(f" and {conditions[name]}" for name in given)
+    if acting:  # the login may be an auditor's as well, who is shown all
+        where += " and agent_id = (select kakunin.current_agent_id())"
     rows = yield Query(
         f"select {_EVENT_OF} from kakunin.audit_log where risk is not null{where}"
         " order by event_id desc limit %(limit)s",

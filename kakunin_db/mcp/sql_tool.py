@@ -245,6 +245,7 @@ class _Call:
         return cursor.execute(_BACKEND, prepare=False).fetchone() or ()
 
     def _commit(self, wire: Wire) -> None:
+        wire.require_room()
         self.committing = True
         if wire.run(b"commit", (), 0).command != "COMMIT":
             raise CallError("internal", "the transaction was not committed")
@@ -275,7 +276,7 @@ class _Call:
         alone = of == 1 and not self.write
         if not alone or (limit.kind == "bytes" and not limit.answer.rows):
             most = f"{limits.rows} rows" if limit.kind == "rows" else f"{limits.bytes} bytes"
-            where = "" if of == 1 else f" at statement {number + 1}"
+            where = "" if of == 1 else f" at statement {min(number + 1, of)}"
             raise CallError(
                 "result_too_large",
                 f"the answer has more than {most}{where}" + ("; nothing was changed" if self.write else ""),
@@ -327,6 +328,8 @@ _INTEGERS = {20, 21, 23, 26}
 _FLOATS = {700, 701}
 _JSON = {114, 3802}
 _MOST_EXACT = 2**53 - 1
+# What writes the answer gives up at 255, the answer's own levels among them.
+_DEEPEST = 64
 
 
 def _result(answer: Answer, truncated: str | None) -> dict[str, Any]:
@@ -357,8 +360,31 @@ def _value(value: bytes | None, oid: int) -> Any:
         if oid in _FLOATS and math.isfinite(float(text)):
             return float(text)
         if oid in _JSON:
-            return json.loads(text, parse_int=_exact, parse_float=_exact)
+            return _shallow(
+                json.loads(text, parse_int=_exact, parse_float=_exact, object_pairs_hook=_unambiguous)
+            )
     return text
+
+
+def _shallow(value: Any) -> Any:
+    """Raises ValueError for what is nested too deep to be written."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        level = [
+            v for each in level if isinstance(each, (dict, list))
+            for v in (each.values() if isinstance(each, dict) else each)
+        ]  # fmt: skip
+        if not level:
+            return value
+    raise ValueError("nested too deep")
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for an object with one name twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _exact(text: str) -> int | float:

@@ -23,6 +23,8 @@ from psycopg.errors import error_from_result
 _CHUNK: Final = 65536
 # Seconds between two looks at whether the call was given up.
 _LOOK: Final = 0.1
+# Bytes that any refusal fits into. Nothing is sent without them: what was used up before would hide it.
+ROOM: Final = 4096
 
 
 @dataclass
@@ -47,7 +49,7 @@ class LimitError(Exception):
 class Wire:
     """libpq's connection, metered for the block.
 
-    :param most_bytes: of all answers together.
+    :param most_bytes: of all answers together; above ROOM.
     :param until: ``time.monotonic()`` after which nothing is waited for.
     :param stop: set by whoever gives the call up.
     """
@@ -76,8 +78,15 @@ class Wire:
         os.close(self._server)
         self._near.close()
 
+    def require_room(self) -> None:
+        """Raises LimitError where the server's refusal of what is sent next might not be read."""
+        if self._left < ROOM:
+            raise LimitError("bytes")
+
     def parse(self, statement: bytes) -> None:
-        """Has the server read a statement, which must be one, and not run it. Raises psycopg.Error."""
+        """Has the server read a statement, which must be one, and not run it. Raises psycopg.Error, and
+        LimitError."""
+        self.require_room()
         self._pgconn.send_prepare(b"", statement)
         self._results(0)
 
@@ -86,6 +95,7 @@ class Wire:
 
         Raises psycopg.Error, and LimitError with the rows read so far as its ``answer``.
         """
+        self.require_room()
         self._pgconn.send_query_params(statement, list(parameters) or None)
         self._pgconn.set_single_row_mode()
         return self._results(most_rows)

@@ -162,13 +162,15 @@ Steps = Generator[Step, Any, "VerifiedAgent | None"]
 @dataclass(frozen=True)
 class Request:
     """``path`` is decoded, as it is routed by, and with whatever the application is mounted on; ``raw_path``
-    as it was sent, where the server says. Header names are in lower case, values as in ISO 8859-1."""
+    as it was sent, where the server says; ``routed`` what is left of ``path`` without a mount that the sender
+    may have named. Header names are in lower case, values as in ISO 8859-1."""
 
     method: str
     path: str
     raw_path: str | None
     query: str
     headers: Sequence[tuple[str, str]]
+    routed: str | None = None
 
     def values(self, name: str) -> list[str]:
         return [value for key, value in self.headers if key == name]
@@ -426,8 +428,11 @@ def rejected(error: KakuninError) -> Refused:
 
 def _paths(request: Request) -> set[str]:
     """The path that is routed by, and the one that was sent where that is another: some frameworks take away
-    what an application is mounted on before a middleware sees it. Rules are for both."""
+    what an application is mounted on before a middleware sees it. Rules are for both, and for what is left of
+    the path without a mount that may be the sender's."""
     paths = {request.path}
+    if request.routed is not None:
+        paths.add(request.routed)
     if request.raw_path is not None and request.raw_path != request.path:
         paths.add(urllib.parse.unquote(request.raw_path, errors="surrogateescape"))
     return paths

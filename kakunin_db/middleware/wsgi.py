@@ -64,14 +64,21 @@ def answer(refused: Refused, start_response: StartResponse) -> Iterable[bytes]:
 
 
 def request_of(environ: Environ) -> Request:
-    path = (environ.get("SCRIPT_NAME") or "") + (environ.get("PATH_INFO") or "")
+    mount, routed = environ.get("SCRIPT_NAME") or "", environ.get("PATH_INFO") or ""
+    # gunicorn takes it from a field of that name, which may be a proxy's and may be the sender's.
+    named = bool(mount) and "HTTP_SCRIPT_NAME" in environ
     return Request(
         environ["REQUEST_METHOD"],
-        path.encode("latin-1").decode("utf-8", "surrogateescape"),
+        _decoded(mount + routed),
         _raw_path(environ),
         environ.get("QUERY_STRING") or "",
         [*_headers(environ)],
+        _decoded(routed) if named else None,
     )
+
+
+def _decoded(path: str) -> str:
+    return path.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
 def _raw_path(environ: Environ) -> str | None:
