@@ -202,6 +202,34 @@ def test_nothing_is_left_bound(database: Database) -> None:
         assert connection.execute("select kakunin.current_cert_serial()").fetchone() == (None,)
 
 
+def test_clients_that_share_a_connection_do_not_act_for_each_other(database: Database) -> None:
+    """One acts for an agent and another for nobody, from threads of their own."""
+    agent = database.agent()
+    with database.connect("agent_1", autocommit=True) as connection:
+        acting, nobody = Kakunin(connection, credential=agent.credential), Kakunin(connection)
+        done = threading.Event()
+        wrong: list[BaseException] = []
+
+        def act() -> None:
+            try:
+                for _ in range(100):
+                    acting.require_agent_scope()
+            except BaseException as error:
+                wrong.append(error)
+            finally:
+                done.set()
+
+        thread = threading.Thread(target=act)
+        thread.start()
+        asked = 0
+        while not done.is_set() or asked < 100:
+            with pytest.raises(CredentialRejectedError):
+                nobody.require_agent_scope()
+            asked += 1
+        thread.join()
+        assert not wrong
+
+
 # Risk ------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -117,7 +118,9 @@ class Connector:
 
     def query(self, query: Query) -> Rows:
         if isinstance(self._target, psycopg.Connection):
-            return self._fetch(self._target, query)
+            # Of several clients on one connection, none is to run in what another has bound.
+            with _lock_of(self._target, threading.RLock):
+                return self._fetch(self._target, query)
         deadline = _Deadline(self._timeout)
         if isinstance(self._target, str):
             if not self._lock.acquire(timeout=-1 if deadline.left is None else deadline.left):
@@ -196,7 +199,8 @@ class AsyncConnector:
 
     async def query(self, query: Query) -> Rows:
         if isinstance(self._target, psycopg.AsyncConnection):
-            return await self._fetch(self._target, query)
+            async with _lock_of(self._target, asyncio.Lock):
+                return await self._fetch(self._target, query)
         deadline = _Deadline(self._timeout)
         if isinstance(self._target, str):
             try:
@@ -272,6 +276,14 @@ class AsyncConnector:
         """Closes the connection this made; never the caller's."""
         if self._own is not None:
             await self._own.close()
+
+
+_locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _lock_of(connection: Any, kind: Callable[[], Any]) -> Any:
+    """The lock of a caller's connection, for all clients that were given it."""
+    return _locks.get(connection) or _locks.setdefault(connection, kind())
 
 
 @contextlib.contextmanager
