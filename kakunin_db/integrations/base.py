@@ -78,17 +78,42 @@ class Guarded:
             and acts_by.agent_id != self.scope.agent_id
         )
 
+    def check(self, **what: str) -> None:
+        """Returns if the agent may. Raises what :meth:`ScopeGuard.check` does, as :meth:`refusal` makes it."""
+        try:
+            self.scope.check()
+        except KakuninError as error:
+            raise self._refused(error, what) from error.__cause__
+
+    async def acheck(self, **what: str) -> None:
+        """:meth:`check` for asyncio."""
+        try:
+            await self.scope.acheck()
+        except KakuninError as error:
+            raise self._refused(error, what) from error.__cause__
+
     def call(self, **what: str) -> Call:
         """A block that is entered if the agent may, by ``with`` or by ``async with``.
 
         :param what: is called, for the event: ``tool="search"``.
 
-        Entering raises what :meth:`ScopeGuard.check` does, as :meth:`refusal` makes it."""
+        Entering raises what :meth:`check` does."""
         return Call(self, what)
 
     def refusal(self, error: KakuninError) -> Exception:
         """What is raised for an error of the check: itself, or another that the framework handles."""
         return error
+
+    def note(self, event_type: str, what: dict[str, Any]) -> None:
+        """Has an event recorded, if there are to be any."""
+        if self.monitor is not None:
+            self.monitor.record(event_type, {"framework": self.framework, **what})
+
+    def _refused(self, error: KakuninError, what: dict[str, str]) -> Exception:
+        # Of an agent that is revoked or suspended the ledger takes nothing.
+        if isinstance(error, ScopeViolationError) and not self._anothers:
+            self.note(ATTEMPT, {**what, "sqlstate": error.sqlstate})
+        return self.refusal(error)
 
     def wrap(self, function: Callable[..., Any], **what: str) -> Callable[..., Any]:
         """The function, run only if the agent may at each call, of its own kind and signature. The body of a
@@ -131,30 +156,22 @@ class Call:
 
     def __init__(self, guarded: Guarded, what: dict[str, str]) -> None:
         self._guarded = guarded
-        self._about: dict[str, Any] = {"framework": guarded.framework, **what}
+        self._what = what
         self._begun = 0.0
 
     def __enter__(self) -> None:
-        try:
-            self._guarded.scope.check()
-        except KakuninError as error:
-            raise self._refused(error) from error.__cause__
+        self._guarded.check(**self._what)
         self._begun = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._about["seconds"] = round(time.monotonic() - self._begun, 3)
-        self._about["outcome"] = "returned" if kind is None else "raised"
-        if kind is not None:
-            self._about["error"] = kind.__name__
-        self._note(self._guarded.event_type)
+        outcome = {"outcome": "returned"} if kind is None else {"outcome": "raised", "error": kind.__name__}
+        seconds = round(time.monotonic() - self._begun, 3)
+        self._guarded.note(self._guarded.event_type, {**self._what, **outcome, "seconds": seconds})
 
     async def __aenter__(self) -> None:
-        try:
-            await self._guarded.scope.acheck()
-        except KakuninError as error:
-            raise self._refused(error) from error.__cause__
+        await self._guarded.acheck(**self._what)
         self._begun = time.monotonic()
 
     async def __aexit__(
@@ -162,20 +179,9 @@ class Call:
     ) -> None:
         self.__exit__(kind, error, trace)
 
-    def _refused(self, error: KakuninError) -> Exception:
-        # Of an agent that is revoked or suspended the ledger takes nothing.
-        if isinstance(error, ScopeViolationError) and not self._guarded._anothers:
-            self._about["sqlstate"] = error.sqlstate
-            self._note(ATTEMPT)
-        return self._guarded.refusal(error)
-
-    def _note(self, event_type: str) -> None:
-        if self._guarded.monitor is not None:
-            self._guarded.monitor.record(event_type, self._about)
-
 
 def _is(function: Any, kind: Callable[[Any], bool]) -> bool:
     """Also of objects that are called, and of functools.partial."""
     while isinstance(function, functools.partial):
         function = function.func
-    return kind(function) or not isinstance(function, type) and kind(getattr(function, "__call__", None))  # noqa: B004
+    return kind(function) or (not isinstance(function, type) and kind(getattr(function, "__call__", None)))  # noqa: B004
