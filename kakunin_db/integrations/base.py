@@ -79,7 +79,7 @@ class Guarded:
         )
 
     def check(self, **what: str) -> None:
-        """Returns if the agent may. Raises what :meth:`ScopeGuard.check` does, as :meth:`refusal` makes it."""
+        """Returns if the agent may. Raises what :meth:`ScopeGuard.check` does, made by :meth:`refusal`."""
         try:
             self.scope.check()
         except KakuninError as error:
