@@ -9,10 +9,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Agent, Database
+from cluster import Cluster
+from conftest import Agent, Database, fresh_database
+from test_examples import run
 
 from kakunin_db import (
     AgentSuspendedError,
@@ -24,6 +27,7 @@ from kakunin_db import (
     VerificationUnavailableError,
 )
 from kakunin_db.integrations.base import monitor_of
+from kakunin_db.resources import install_sql, sql_dir
 
 # Before a framework is imported: what it would tell somebody.
 os.environ.update(
@@ -240,6 +244,29 @@ def revoked(database: Database) -> Iterator[Scene]:
 def denied(database: Database) -> Iterator[Scene]:
     """Its scopes are not those of its agent."""
     yield from _scene(database, "denied")
+
+
+@pytest.fixture
+def example(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
+    """Runs an example as its first lines say, as the agent atlas, which may vault:read and has one row in
+    agent_vault, as borealis has; returns the lines that it prints."""
+    with fresh_database(cluster, "template1") as database:
+        with database.connect("installer") as installer:
+            installer.execute(install_sql())
+        database.run("app", (sql_dir() / "policies" / "agent_vault.sql").read_text())
+        for name in ("atlas", "borealis"):
+            out = run(tmp_path, "register_agent.py", database.dsn("installer"), name, "vault:read")
+            serial = dict(line.split(maxsplit=1) for line in out.splitlines())["serial"]
+            row = "insert into agent_vault (permitted_agent_serial, content) values (%s, %s)"
+            database.run("app", row, [serial, f"written for {name}"])
+
+        def call(file: str) -> list[str]:
+            out = run(tmp_path, file, database.dsn("agent_1"), "atlas.pem", str(database.installation_id))
+            contents = database.run("app", "select content from agent_vault order by id")
+            assert contents == [("written for atlas",), ("written for borealis",)]
+            return out.splitlines()
+
+        yield call
 
 
 def drain(stream: Any) -> list[Any]:

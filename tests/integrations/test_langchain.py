@@ -6,10 +6,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
+import psycopg
 import pytest
 
 pytest.importorskip("langchain", exc_type=ImportError)
 
+from conftest import Vault
 from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler, CallbackManagerForToolRun
 from langchain_core.documents import Document
@@ -31,7 +33,14 @@ from langchain_core.tools import (
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from integrations.conftest import PERMITTED, Scene, adrain, drain
-from kakunin_db import BadInputError, Kakunin, KakuninError, ScopeViolationError
+from kakunin_db import (
+    BadInputError,
+    CertificateRevokedError,
+    Kakunin,
+    KakuninError,
+    ScopeViolationError,
+    bind_agent_session,
+)
 from kakunin_db.integrations.langchain import (
     KakuninToolGuard,
     ToolScopeViolationError,
@@ -550,3 +559,62 @@ def test_why_no_handler_is_async(revoked: Scene) -> None:
             raise RuntimeError
 
     assert RunnableLambda(lambda x: x).invoke("ran", {"callbacks": [Raises()]}) == "ran"
+
+
+# Examples, and the second fence ---------------------------------------------------------------------------
+
+
+def test_the_example(example: Callable[[str], list[str]]) -> None:
+    assert example("langchain_agent.py") == [
+        "human: Read the vault, then erase it.",
+        "ai: ",
+        "tool: [('written for atlas',)]",
+        "ai: ",
+        "tool: the certificate does not permit 'vault:erase'",
+        "ai: I could read, and not erase.",
+    ]
+
+
+def test_the_example_of_the_second_fence(example: Callable[[str], list[str]]) -> None:
+    assert example("double_fence.py") == [
+        *["guarded: refused: the certificate does not permit 'vault:query'"] * 3,
+        "gone around: [('written for atlas',)]",
+        "gone around: [('written for atlas',)]",
+        'gone around: refused: new row violates row-level security policy for table "agent_vault"',
+    ]
+
+
+@pytest.mark.parametrize("around", ["tool", "func", "_tool", "unbound"])
+def test_the_second_fence(vault: Vault, around: str) -> None:
+    """Whatever way around the guard: the agent's rows, and none once it is revoked."""
+    one, dsn = vault.one, vault.database.dsn("agent_1")
+
+    @tool
+    def query(sql: str) -> list[Any]:
+        """Runs SQL."""
+        with psycopg.connect(dsn) as connection, bind_agent_session(connection, one.credential):
+            return connection.execute(sql.encode()).fetchall()
+
+    @tool
+    def unbound(sql: str) -> list[Any]:
+        """Runs SQL of nobody's."""
+        with psycopg.connect(dsn) as connection:
+            return connection.execute(sql.encode()).fetchall()
+
+    with Kakunin(dsn, credential=one.credential) as kakunin:
+        guard = KakuninToolGuard(kakunin, tool=query, required_scopes=["admin"], monitored=False)
+        sql = "select content from vault order by content"
+        with pytest.raises(ScopeViolationError):
+            guard.invoke(sql)
+        ways: dict[str, Callable[[str], Any]] = {
+            "tool": query.invoke,
+            "func": query.func,  # type: ignore[attr-defined, dict-item]
+            "_tool": guard._tool.invoke,
+        }
+        if around not in ways:
+            assert unbound.invoke(sql) == []
+            return
+        assert ways[around](sql) == [("one-a",), ("one-b",)]
+        one.revoke()
+        with pytest.raises(CertificateRevokedError):
+            ways[around](sql)

@@ -294,3 +294,11 @@ def test_what_cannot_be_guarded(revoked: Scene) -> None:
         kakunin_node(client)("no node")
     with pytest.raises(BadInputError):
         kakunin_node(client, "agt-123")
+
+
+def test_the_example(example: Callable[[str], list[str]]) -> None:
+    lines = example("langgraph_agent.py")
+    assert lines[2] == "tool: [('written for atlas',)]"
+    assert lines[4].startswith("tool: Error: ToolScopeViolationError")
+    assert "does not permit 'vault:erase'" in lines[4]
+    assert lines[-1] == "ai: I could read, and not erase."

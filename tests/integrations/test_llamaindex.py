@@ -3,6 +3,7 @@
 Without `from __future__ import annotations`: LlamaIndex finds a Context only by the class itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -228,3 +229,11 @@ def test_what_cannot_be_guarded(revoked: Scene) -> None:
             revoked.async_client(), required_scopes=PERMITTED[:1], **options(revoked.ran)
         ).call(user_id="u")
     assert revoked.ran == []
+
+
+def test_the_example(example: Callable[[str], list[str]]) -> None:
+    assert example("llamaindex_agent.py") == [
+        "read_vault: [('written for atlas',)]",
+        "erase_vault: the certificate does not permit 'vault:erase'",
+        "I could read, and not erase.",
+    ]
