@@ -37,12 +37,14 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
     with Kakunin(dsn, credential=credential, timeout=5) as kakunin:
         guarded = KakuninToolGuard(kakunin=kakunin, tool=query, required_scopes=["vault:query"])
-        for name, fence in (("guarded", guarded), ("gone around", query)):
-            for sql in (READ, TAKE, FORGE):
-                try:
-                    print(f"{name}: {fence.invoke({'sql': sql})}")
-                except KakuninError as error:
-                    print(f"{name}: refused: {error}")
+        for name, fence, sql in (
+            ("guarded", guarded, READ),
+            *(("gone around", query, sql) for sql in (READ, TAKE, FORGE)),
+        ):
+            try:
+                print(f"{name}: {fence.invoke({'sql': sql})}")
+            except KakuninError as error:
+                print(f"{name}: refused: {error}")
 
 
 if __name__ == "__main__":

@@ -577,7 +577,7 @@ def test_the_example(example: Callable[[str], list[str]]) -> None:
 
 def test_the_example_of_the_second_fence(example: Callable[[str], list[str]]) -> None:
     assert example("double_fence.py") == [
-        *["guarded: refused: the certificate does not permit 'vault:query'"] * 3,
+        "guarded: refused: the certificate does not permit 'vault:query'",
         "gone around: [('written for atlas',)]",
         "gone around: [('written for atlas',)]",
         'gone around: refused: new row violates row-level security policy for table "agent_vault"',
