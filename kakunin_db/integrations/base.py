@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import time
 import uuid
 import weakref
@@ -27,18 +28,20 @@ from ..scope import ScopeGuard
 ATTEMPT: Final = "unauthorized_access_attempt"
 
 _monitors: weakref.WeakKeyDictionary[Kakunin | AsyncKakunin, Monitor] = weakref.WeakKeyDictionary()
+_making = threading.RLock()  # a client may come to its end while another's monitor is made
 
 
 def monitor_of(kakunin: Kakunin | AsyncKakunin) -> Monitor:
     """The monitor that all guards of this client share, and with it one connection. It ends with the client.
 
     Raises BadInputError for a client that acts for nobody."""
-    monitor = _monitors.get(kakunin)
-    if monitor is None:
-        monitor = _monitors[kakunin] = Monitor(kakunin)
-        # Its thread records what waits, and then ends.
-        weakref.finalize(kakunin, monitor.close, 0).atexit = False
-    return monitor
+    with _making:
+        monitor = _monitors.get(kakunin)
+        if monitor is None:
+            monitor = _monitors[kakunin] = Monitor(kakunin)
+            # Its thread records what waits, and then ends.
+            weakref.finalize(kakunin, monitor.close, 0).atexit = False
+        return monitor
 
 
 class Guarded:

@@ -14,7 +14,13 @@ from langchain_core.tools import BaseTool, Tool, ToolException
 from pydantic import PrivateAttr
 
 from ..client import AsyncKakunin, Kakunin
-from ..errors import BadInputError, KakuninError, ScopeViolationError
+from ..errors import (
+    BadInputError,
+    KakuninError,
+    ScopeViolationError,
+    SignerUnavailableError,
+    VerificationUnavailableError,
+)
 from ..monitoring import Monitor
 from .base import Guarded
 
@@ -32,7 +38,10 @@ class _GuardedTool(Guarded):
         if isinstance(error, ScopeViolationError):
             return ToolScopeViolationError(str(error), error.hint)
         endings = _endings.get()
-        if endings is not None:
+        # Not what may be answered when it is asked again.
+        if endings is not None and not isinstance(
+            error, (SignerUnavailableError, VerificationUnavailableError)
+        ):
             endings.append(error)
         return error
 

@@ -74,8 +74,9 @@ class KakuninToolNode(ToolNode):
     :param tools: as ``options``, those of ToolNode.
     :param required_scopes: of every tool; or of each by its name, and then for all of them.
 
-    ``handle_tool_errors`` applies to a tool that no scope permits, for the model to choose another. What ends
-    the agent's run, such as CertificateRevokedError, leaves the node in any case, and the graph stops.
+    ``handle_tool_errors`` applies to a tool that no scope permits, for the model to choose another, and to
+    VerificationUnavailableError. What ends the agent's run, such as CertificateRevokedError, leaves the node
+    in any case, and the graph stops.
 
     Raises BadInputError.
     """

@@ -23,7 +23,7 @@ from langgraph.types import Command, interrupt
 from typing_extensions import TypedDict
 
 from integrations.conftest import PERMITTED, Scene, adrain, drain
-from kakunin_db import BadInputError
+from kakunin_db import BadInputError, VerificationUnavailableError
 from kakunin_db.integrations.langchain import KakuninToolGuard
 from kakunin_db.integrations.langgraph import KakuninToolNode, kakunin_node
 
@@ -258,6 +258,23 @@ async def test_a_tool_refused(scene: Scene, way: str) -> None:
     else:
         await scene.arefused(lambda: loop_of(node, "look").ainvoke(GO))
         await kakunin.aclose()  # type: ignore[union-attr]
+
+
+def test_asked_again(revoked: Scene) -> None:
+    """What a tool is called by may try again when the database was away, and what it did then is kept."""
+
+    def again(request: Any, execute: Callable[[Any], Any]) -> Any:
+        try:
+            return execute(request)
+        except VerificationUnavailableError:
+            revoked.relay.mend()
+            return execute(request)
+
+    options: dict[str, Any] = {"kakunin": revoked.client(), "handle_tool_errors": False}
+    node = KakuninToolNode(tools_of(revoked.ran), wrap_tool_call=again, **options)
+    revoked.relay.cut()
+    assert loop_of(node, "look").invoke(GO)["messages"][2].content == "look"
+    assert revoked.ran == ["look"]
 
 
 def test_the_model_chooses_another(denied: Scene) -> None:
