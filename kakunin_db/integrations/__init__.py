@@ -1,0 +1,1 @@
+"""Guards for agent frameworks: one module a framework, imported only where it is used."""
