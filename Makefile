@@ -17,7 +17,7 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 # Frameworks with a guard in kakunin_db/integrations, and an extra and constraints of the same name. They do not
 # agree on versions of what they depend on: each has an environment of its own.
-FRAMEWORKS ?= langchain langgraph llamaindex
+FRAMEWORKS ?= autogen camel crewai google_antigravity langchain langgraph llamaindex
 
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300
