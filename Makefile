@@ -71,7 +71,7 @@ test-all: $(READY) postgres
 	@echo 'installing into .frameworks/$*'
 	@$(PYTHON) -m venv --clear .frameworks/$*
 	@.frameworks/$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints/$*.txt \
-	  -e '.[binary,pool,demo,$*]' pytest pytest-asyncio
+	  -e '.[binary,pool,demo,$(subst _,-,$*)]' pytest pytest-asyncio
 	@touch $@
 
 # One failing does not keep the others from running.

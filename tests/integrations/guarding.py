@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,12 @@ def events(database: Any, agent: Any, kakunin: Any) -> list[tuple[str, dict[str,
 
 @pytest.fixture(autouse=True)
 def closing() -> Iterator[None]:
-    """Closes the clients of a test, whatever the framework still holds."""
+    """Closes the clients of a test, whatever the framework still holds. What that leaves open itself is
+    collected here, where the warning of it is no error."""
     yield
     for kakunin in _clients:
         monitor_of(kakunin).close(0)
         if isinstance(kakunin, Kakunin):
             kakunin.close()
     _clients.clear()
+    gc.collect()
