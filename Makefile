@@ -19,7 +19,7 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 # Frameworks with a guard in kakunin_db/integrations, and an extra and constraints of the same name. They do not
 # agree on versions of what they depend on: each has an environment of its own.
-FRAMEWORKS ?= langchain langgraph llamaindex
+FRAMEWORKS ?= autogen camel crewai google_antigravity langchain langgraph llamaindex
 
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
 CRASH_ROUNDS ?= 300
@@ -76,7 +76,7 @@ test-all: $(READY) postgres
 	@echo 'installing into .frameworks/$*'
 	@$(PYTHON) -m venv --clear .frameworks/$*
 	@.frameworks/$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints/$*.txt \
-	  -e '.[binary,pool,demo,$*]' pytest pytest-asyncio
+	  -e '.[binary,pool,demo,$(subst _,-,$*)]' pytest pytest-asyncio
 	@touch $@
 
 # One failing does not keep the others from running.

@@ -183,6 +183,17 @@ class Call:
         self.__exit__(kind, error, trace)
 
 
+def synchronous(kakunin: object) -> Kakunin:
+    """The client, for frameworks that ask from threads and event loops of their own: an AsyncKakunin belongs
+    to one loop. Raises BadInputError for anything but a Kakunin."""
+    if not isinstance(kakunin, Kakunin):
+        raise BadInputError(
+            f"this framework asks from several event loops, which {type(kakunin).__name__} cannot",
+            "Give it a Kakunin; what is async asks that in a thread.",
+        )
+    return kakunin
+
+
 def _is(function: Any, kind: Callable[[Any], bool]) -> bool:
     """Also of objects that are called, and of functools.partial."""
     while isinstance(function, functools.partial):
