@@ -135,7 +135,7 @@ async def main(owner_dsn: str) -> int:
         held = "tok_live_" not in thread(owner)
         print(f"  the customer reads: {thread(owner)}")
         if "results" not in ledger:
-            sys.exit(f"the agent is not served any more: {ledger['error']}..")
+            sys.exit(f"the agent is not served any more: {ledger['error']}")
         print("  the ledger:")
         for kind, statement in ledger["results"][0]["rows"]:
             print(f"    {kind}  {statement}")
