@@ -37,4 +37,6 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

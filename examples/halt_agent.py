@@ -25,4 +25,6 @@ async def main(dsn: str, agent_id: str, reason: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     asyncio.run(main(*sys.argv[1:]))

@@ -3,7 +3,8 @@
     KAKUNIN_KEY_PASSWORD=... python examples/register_agent.py DSN NAME [ACTION ...]
 
 DSN names the owner of the kit, or a login with kakunin_registrar and kakunin_operator. Keys go, encrypted,
-into the folder keys/; KAKUNIN_KEYS=awskms: keeps them in AWS KMS. Writes NAME.pem, the certificate.
+into the folder keys/; KAKUNIN_KEYS=awskms: keeps them in AWS KMS. Writes NAME.pem, the
+certificate, and with a new authority ca.pem, for kakunin-db audit verify.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ MODEL = {"provider": "openai", "model": "gpt-4o", "system_prompt": "You are a co
 def main(dsn: str, name: str, *actions: str) -> None:
     with Kakunin(dsn, keys=os.environ.get("KAKUNIN_KEYS", "file:keys")) as kakunin:
         if not kakunin.authorities.list():
-            kakunin.authorities.create("Example Root CA", intermediate="Example Issuing CA")
+            authorities = kakunin.authorities.create("Example Root CA", intermediate="Example Issuing CA")
+            Path("ca.pem").write_text("".join(authority.pem for authority in authorities))
         agent = kakunin.agents.create(name, model="gpt-4o", model_hash=compute_model_hash(MODEL))
         certificate = kakunin.agents.certify(agent.agent_id, permitted_actions=actions)
     Path(f"{name}.pem").write_text(certificate.pem)
@@ -30,4 +32,6 @@ def main(dsn: str, name: str, *actions: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

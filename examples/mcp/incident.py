@@ -22,6 +22,8 @@ import psycopg
 from mcp import Client, StdioServerParameters, stdio_client
 from mcp.server.mcpserver import MCPServer
 
+from kakunin_db import normalize_serial
+
 TABLES = """
 drop schema if exists helpdesk cascade;
 create schema helpdesk;
@@ -98,7 +100,7 @@ def common_server(dsn: str) -> MCPServer:
 
 
 async def main(owner_dsn: str) -> int:
-    serial = os.environ["KAKUNIN_CERT_SERIAL"]
+    serial = normalize_serial(os.environ["KAKUNIN_CERT_SERIAL"])
     with psycopg.connect(owner_dsn, autocommit=True) as owner:
         print("SQL as the application's login:")
         open_ticket(owner, serial)
@@ -132,6 +134,8 @@ async def main(owner_dsn: str) -> int:
             risk = (await client.call_tool("check_risk_score")).structured_content
         held = "tok_live_" not in thread(owner)
         print(f"  the customer reads: {thread(owner)}")
+        if "results" not in ledger:
+            sys.exit(f"the agent is not served any more: {ledger['error']}")
         print("  the ledger:")
         for kind, statement in ledger["results"][0]["rows"]:
             print(f"    {kind}  {statement}")

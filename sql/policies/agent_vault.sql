@@ -1,6 +1,6 @@
 -- agent_vault: each agent sees and changes only its own rows. The isolation policy of the first article
 -- about the product, in the form that cannot be forged; kakunin.protect('agent_vault') writes the same.
--- Runs as it stands, in a database with the kit: psql -f agent_vault.sql
+-- Runs as it stands, in a database with the kit and a schema to create in: psql -f agent_vault.sql
 
 begin;
 

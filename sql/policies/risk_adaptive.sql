@@ -1,6 +1,6 @@
 -- risk_adaptive: read-only from high. While an agent's risk is high it reads its rows and writes none (KA011); its score
 -- falls by itself, or an operator looks at it. From critical on it is revoked and reads nothing either.
--- Runs as it stands, in a database with the kit: psql -f risk_adaptive.sql
+-- Runs as it stands, in a database with the kit and a schema to create in: psql -f risk_adaptive.sql
 
 begin;
 

@@ -1,6 +1,6 @@
 -- scope_gated_writes: each agent reads its own rows; only a certificate that permits 'orders:write' may
 -- write them. kakunin.protect('agent_orders', write_scope => 'orders:write') writes the same.
--- Runs as it stands, in a database with the kit: psql -f scope_gated_writes.sql
+-- Runs as it stands, in a database with the kit and a schema to create in: psql -f scope_gated_writes.sql
 
 begin;
 
