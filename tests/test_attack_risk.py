@@ -19,7 +19,12 @@ Connection = psycopg.Connection[Any]
 
 SERIAL = "select kakunin.current_cert_serial()"
 APPEND = "select kakunin.audit_log_append(%s, %s)"
-SCOPE = {"max_single_trade_usd": 1000, "max_daily_usd": 3000, "permitted_venues": ["XLON"], "max_leverage": 2}
+SCOPE = {
+    "max_single_trade_usd": 1000,
+    "daily_limit_usd": 3000,
+    "permitted_venues": ["XLON"],
+    "max_leverage_ratio": 2,
+}
 # One alone is medium, two are high by the settings here, three are critical.
 ATTEMPT = "unauthorized_access_attempt"
 
@@ -541,7 +546,7 @@ METADATA = [
 
 def test_g8_whatever_the_metadata_the_event_is_scored(kit: Database) -> None:
     agent = kit.agent(
-        financial_scope={"max_single_trade_usd": 0, "max_daily_usd": "x", "permitted_venues": {}}
+        financial_scope={"max_single_trade_usd": 0, "daily_limit_usd": "x", "permitted_venues": {}}
     )
     kit.run("operator", "select kakunin.set_agent_risk(%s, 'test', true)", [agent.agent_id])
     history(agent)

@@ -38,8 +38,8 @@ BANDS = {
 }
 SCOPE = {
     "max_single_trade_usd": 1000,
-    "max_daily_usd": 3000,
-    "max_leverage": 2,
+    "daily_limit_usd": 3000,
+    "max_leverage_ratio": 2,
     "permitted_venues": ["XLON"],
     "permitted_instruments": ["GILT"],
 }
@@ -246,10 +246,23 @@ def test_the_certificates_financial_scope(
 
 
 @pytest.mark.parametrize(
-    "scope", [{"max_single_trade_usd": "many"}, {"max_single_trade_usd": -1}, {"max_daily_usd": []}]
+    "scope", [{"max_single_trade_usd": "many"}, {"max_single_trade_usd": -1}, {"daily_limit_usd": []}]
 )
 def test_a_limit_that_cannot_be_read_permits_nothing(kit: Kit, scope: dict[str, Any]) -> None:
     assert kit.event(kit.agent(financial_scope=scope), "transaction_initiated", {"amount_usd": 1})["revoked"]
+
+
+@pytest.mark.parametrize(
+    ("permitted", "leverage", "violated"),
+    [(False, 1, False), (False, 1.01, True), (True, 5, False), ("yes", 2, True), (None, 2, True)],
+)
+def test_leverage_that_is_not_permitted(kit: Kit, permitted: Any, leverage: float, violated: bool) -> None:
+    agent = kit.agent(permitted_actions=["trade:x"], financial_scope={"leverage_permitted": permitted})
+    factors = kit.event(agent, "transaction_initiated", {"leverage": leverage})["factors"]
+    assert factors.keys() == ({"leverage"} if violated else set())
+    answer = kit.call(agent, f"select kakunin.verify_agent_scope('trade:x', leverage => {leverage})")
+    assert answer["allowed"] is not violated
+    assert ("is not permitted" in answer["reason"]) == violated
 
 
 def test_a_list_that_is_none_permits_nothing(kit: Kit) -> None:
@@ -1437,14 +1450,14 @@ def test_an_operators_open_transaction_delays_no_agent(kit: Kit) -> None:
         ("null", False, "does not permit NULL"),
         ("''", False, "does not permit"),
         ("'trade:x', 1000.01", False, "exceeds max_single_trade_usd 1000"),
-        ("'trade:x', 3001", False, "exceeds max_daily_usd 3000"),
+        ("'trade:x', 3001", False, "exceeds daily_limit_usd 3000"),
         ("'trade:x', -1", False, "zero or more"),
         ("'trade:x', 'NaN'", False, "zero or more"),
         ("'trade:x', 'Infinity'", False, "zero or more"),
         ("'trade:x', 1, 'XLONDON'", False, "venue 'XLONDON' is not in permitted_venues"),
         ("'trade:x', 1, ''", False, "permitted_venues"),
         ("'trade:x', 1, null, 'GIL'", False, "permitted_instruments"),
-        ("'trade:x', 1, null, null, 2.01", False, "max_leverage"),
+        ("'trade:x', 1, null, null, 2.01", False, "max_leverage_ratio"),
         ("'no', 1001, 'X'", False, "; "),
     ],
 )
@@ -1465,7 +1478,7 @@ def test_verify_agent_scope_knows_the_day_so_far(kit: Kit) -> None:
         assert kit.call(agent, ask)["allowed"]
         kit.event(agent, "transaction_initiated", {"action": "trade:x", "amountUsd": 1000})
     answer = kit.call(agent, ask)
-    assert (answer["allowed"], answer["reason"]) == (False, "4000 today exceeds max_daily_usd 3000")
+    assert (answer["allowed"], answer["reason"]) == (False, "4000 today exceeds daily_limit_usd 3000")
 
 
 @pytest.mark.parametrize(("stop", "code"), [("revoke", "KA002"), ("suspend", "KA008"), ("risk", "KA002")])
@@ -1550,7 +1563,7 @@ def test_spend_limits(kit: Kit) -> None:
         assert isinstance(errors.named(caught.value), errors.SpendLimitError)
         assert order(agent, 1000) == 1  # what was refused is not counted
         # Rows of one statement count one by one.
-        with kit.bound(agent) as session, refused("KA009", match="today exceeds max_daily_usd 3000"):
+        with kit.bound(agent) as session, refused("KA009", match="today exceeds daily_limit_usd 3000"):
             session.execute(
                 "insert into agent_trades (amount_usd, venue) select 400, 'XLON' from generate_series(1, 3)"
             )
@@ -1685,7 +1698,7 @@ def test_changes_of_a_table_are_scored_where_a_trigger_says_them(kit: Kit) -> No
 
 
 def test_a_policy_that_passes_no_venue_refuses_whom_a_scope_limits_to_some(kit: Kit) -> None:
-    limited, free = kit.agent(financial_scope=SCOPE), kit.agent(financial_scope={"max_daily_usd": 10})
+    limited, free = kit.agent(financial_scope=SCOPE), kit.agent(financial_scope={"daily_limit_usd": 10})
     for call, missing in (
         ("1", "no venue is given"),
         ("1, 'XLON'", "no instrument is given"),

@@ -4031,13 +4031,16 @@ begin atomic
             from (select kakunin_private.number_of(p_scope ->> 'max_single_trade_usd')) m(value)
            where p_scope ? 'max_single_trade_usd' and p_amount > coalesce(m.value, 0)
           union all
-          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds max_daily_usd %s', left((p_spent + p_amount)::text, 40), left(p_scope ->> 'max_daily_usd', 40))
-            from (select kakunin_private.number_of(p_scope ->> 'max_daily_usd')) m(value)
-           where p_scope ? 'max_daily_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
+          select 'daily_amount', (p_spent + p_amount) / nullif(m.value, 0), format('%s today exceeds daily_limit_usd %s', left((p_spent + p_amount)::text, 40), left(p_scope ->> 'daily_limit_usd', 40))
+            from (select kakunin_private.number_of(p_scope ->> 'daily_limit_usd')) m(value)
+           where p_scope ? 'daily_limit_usd' and p_amount > 0 and p_spent + p_amount > coalesce(m.value, 0)
           union all
-          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage %s', left(p_leverage::text, 40), left(p_scope ->> 'max_leverage', 40))
-            from (select kakunin_private.number_of(p_scope ->> 'max_leverage')) m(value)
-           where p_scope ? 'max_leverage' and p_leverage > coalesce(m.value, 0)
+          select 'leverage', p_leverage / nullif(m.value, 0), format('leverage %s exceeds max_leverage_ratio %s', left(p_leverage::text, 40), left(p_scope ->> 'max_leverage_ratio', 40))
+            from (select kakunin_private.number_of(p_scope ->> 'max_leverage_ratio')) m(value)
+           where p_scope ? 'max_leverage_ratio' and p_leverage > coalesce(m.value, 0)
+          union all
+          select 'leverage', p_leverage, format('leverage %s is not permitted', left(p_leverage::text, 40))
+           where p_scope ? 'leverage_permitted' and p_scope -> 'leverage_permitted' <> 'true' and p_leverage > 1
           union all
           select 'venue', 1, format('venue %s is not in permitted_venues', quote_literal(left(p_venue, 100)))
            where p_scope ? 'permitted_venues' and p_venue is not null
@@ -4049,7 +4052,7 @@ begin atomic
          ) l(violation, ratio, reason);
 end;
 comment on function kakunin_private.violations(jsonb, numeric, numeric, text, text, numeric) is
-  'What of this is outside a financial scope: max_single_trade_usd, max_daily_usd, max_leverage, permitted_venues, permitted_instruments; ratio is how many times over';
+  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments; ratio is how many times over';
 
 -- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
 -- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
@@ -4676,7 +4679,7 @@ begin
       format('certificate %s may not spend %s: amounts and leverage are zero or more', v_serial, coalesce(left(require_spend.amount_usd::text, 40), 'NULL')),
       'Give the amount in USD.');
   end if;
-  if v_bound.scope ? 'max_daily_usd' then
+  if v_bound.scope ? 'daily_limit_usd' then
     -- The row is held until the transaction ends: two of an agent's cannot both spend what is left. No other agent waits.
     insert into kakunin_private.spending as s (agent_id, day, amount_usd)
     values (v_bound.agent_id, date_bin('1 day', v_now, 'epoch'), require_spend.amount_usd)
@@ -4700,7 +4703,7 @@ begin
 end
 $$;
 comment on function kakunin.require_spend(numeric, text, text, numeric, boolean) is
-  'True where the bound certificate''s financial scope permits to spend this, which is then counted towards max_daily_usd; otherwise KA009. For policies, WITH CHECK, a row at a time; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
+  'True where the bound certificate''s financial scope permits to spend this, which is then counted towards daily_limit_usd; otherwise KA009. For policies, WITH CHECK, a row at a time; observe: records instead of refusing. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.require_risk_below(band text default 'high', observe boolean default false) returns boolean
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp

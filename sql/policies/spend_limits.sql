@@ -1,4 +1,4 @@
--- spend_limits: an agent orders within the limits of its certificate: max_single_trade_usd, max_daily_usd and
+-- spend_limits: an agent orders within the limits of its certificate: max_single_trade_usd, daily_limit_usd and
 -- permitted_venues of its signed financial scope. Whoever owns the table cannot raise them, only the authority can, by
 -- another certificate. Runs as it stands, in a database with the kit and a schema to create in: psql -f spend_limits.sql
 
