@@ -49,7 +49,9 @@ ENTRY = (
     f'{{"kakunin":"entry/1","installation":"{uuid.UUID(int=1)}","event_id":1000,'
     '"recorded_at":"2026-11-23T08:15:00.123456Z","event_type":"data_access",'
     f'"agent_id":"{uuid.UUID(int=2)}","serial":"{":".join(["3A"] * 16)}","login":"agent","session_id":"s-1",'
-    f'"chain":3,"sequence":2,"prev":"{"5" * 64}","metadata":{METADATA}}}'
+    f'"chain":3,"sequence":2,"prev":"{"5" * 64}",'
+    '"risk":{"band": "low", "score": 0.1000, "factors": {}, "agent_band": "low", "agent_score": 0.0000},'
+    f'"metadata":{METADATA}}}'
 )
 ROUNDS = 5
 
