@@ -143,6 +143,7 @@ def test_attempts(database: Database) -> None:
         ):
             with pytest.raises(ScopeViolationError):
                 guarded.check(tool="t")
+        assert monitor_of(kakunin).flush(30)
         agent.revoke()
         with pytest.raises(CertificateRevokedError):
             Guarded("x", kakunin).check(tool="t")
