@@ -53,12 +53,13 @@ FIRST = {
 # Where several majors are tested in one run: what is a matter of moments and not of versions is tested on the
 # newest alone, and what is of the Python around the SQL on one of them. `make test-all` has all on each.
 NEWEST = {
-    "test_cache", "test_cli", "test_client", "test_crash", "test_failover", "test_mcp_ts", "test_supabase_js",
+    "test_bundle", "test_cache", "test_cli", "test_client", "test_crash", "test_failover", "test_mcp_ts",
+    "test_supabase_js", "test_wheel", "test_worker",
 }  # fmt: skip
 OLDEST = {
-    "test_acting", "test_attempts", "test_mcp", "test_mcp_examples", "test_mcp_sql", "test_mcp_wire",
-    "test_middleware", "test_middleware_proof", "test_middleware_servers", "test_monitoring", "test_signers",
-    "test_supabase_wire", "test_witness",
+    "test_acting", "test_attempts", "test_integrations", "test_mcp", "test_mcp_examples", "test_mcp_sql",
+    "test_mcp_wire", "test_middleware", "test_middleware_proof", "test_middleware_servers", "test_monitoring",
+    "test_signers", "test_supabase_wire", "test_webhooks", "test_witness",
 }  # fmt: skip
 
 
