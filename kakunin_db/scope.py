@@ -81,6 +81,25 @@ def _unavailable(error: Exception) -> VerificationUnavailableError:
     )
 
 
+class _Asked:
+    """A block that is entered if the agent may."""
+
+    def __init__(self, guard: ScopeGuard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._guard.check()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    async def __aenter__(self) -> None:
+        await self._guard.acheck()
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
 def verify_agent_scope(
     kakunin: Kakunin | AsyncKakunin,
     agent_id: uuid.UUID | str | None = None,
@@ -98,55 +117,67 @@ def verify_agent_scope(
     guard = ScopeGuard(kakunin, agent_id, required_scopes)
 
     def decorate(function: F) -> F:
-        wrapper: Any
-        if inspect.isasyncgenfunction(function):
-
-            @functools.wraps(function)
-            async def async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-                await guard.acheck()
-                async with contextlib.aclosing(function(*args, **kwargs)) as items:
-                    with contextlib.suppress(StopAsyncIteration):
-                        item = await items.asend(None)
-                        while True:
-                            try:
-                                sent = yield item
-                            except GeneratorExit:
-                                raise
-                            except BaseException as error:
-                                item = await items.athrow(error)
-                            else:
-                                item = await items.asend(sent)
-
-            wrapper = async_generator
-        elif inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def coroutine(*args: Any, **kwargs: Any) -> Any:
-                await guard.acheck()
-                return await function(*args, **kwargs)
-
-            wrapper = coroutine
-        elif isinstance(kakunin, AsyncKakunin):
+        if isinstance(kakunin, AsyncKakunin) and not is_async(function):
             raise BadInputError(
                 "an AsyncKakunin guards functions that are async",
                 "Make the function async, or guard it with a Kakunin.",
             )
-        elif inspect.isgeneratorfunction(function):
-
-            @functools.wraps(function)
-            def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-                guard.check()
-                return (yield from function(*args, **kwargs))
-
-            wrapper = generator
-        else:
-
-            @functools.wraps(function)
-            def plain(*args: Any, **kwargs: Any) -> Any:
-                guard.check()
-                return function(*args, **kwargs)
-
-            wrapper = plain
-        return cast(F, wrapper)
+        return cast(F, run_within(function, lambda: _Asked(guard)))
 
     return decorate
+
+
+def run_within(function: Callable[..., Any], block: Callable[[], Any]) -> Callable[..., Any]:
+    """The function, of its own kind and signature, each call of it in a ``block()``: by ``async with`` where
+    it is async, and by ``with`` otherwise. A generator enters its block with its first item."""
+    wrapper: Callable[..., Any]
+    if _is(function, inspect.isasyncgenfunction):
+
+        async def async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+            async with block(), contextlib.aclosing(function(*args, **kwargs)) as items:
+                with contextlib.suppress(StopAsyncIteration):
+                    item = await items.asend(None)
+                    while True:
+                        try:
+                            sent = yield item
+                        except GeneratorExit:
+                            raise
+                        except BaseException as error:
+                            item = await items.athrow(error)
+                        else:
+                            item = await items.asend(sent)
+
+        wrapper = async_generator
+    elif _is(function, inspect.iscoroutinefunction):
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            async with block():
+                return await function(*args, **kwargs)
+
+        wrapper = coroutine
+    elif _is(function, inspect.isgeneratorfunction):
+
+        def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            with block():
+                return (yield from function(*args, **kwargs))
+
+        wrapper = generator
+    else:
+
+        def plain(*args: Any, **kwargs: Any) -> Any:
+            with block():
+                return function(*args, **kwargs)
+
+        wrapper = plain
+    return functools.wraps(function)(wrapper)
+
+
+def is_async(function: object) -> bool:
+    return _is(function, inspect.isasyncgenfunction) or _is(function, inspect.iscoroutinefunction)
+
+
+def _is(function: Any, kind: Callable[[Any], bool]) -> bool:
+    """Also of objects that are called, and of functools.partial."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return kind(function) or (not isinstance(function, type) and kind(getattr(function, "__call__", None)))  # noqa: B004

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Final
 
 from .errors import BadInputError
 
+SERIAL_HEADER: Final = "X-Kakunin-Cert-Serial"
 _SEPARATED = re.compile(r"[0-9A-F]{1,2}(?:(?::[0-9A-F]{2})*|(?:-[0-9A-F]{2})*|(?: [0-9A-F]{2})*)")
 _PLAIN = re.compile(r"[0-9A-F]+")
 

@@ -18,6 +18,15 @@ class Ticket:
         return time.monotonic() < self.renew_at
 
 
+def read_ticket(text: str) -> tuple[str, int]:
+    """The serial that a ticket is for, and the seconds it lives, by the server's clock alone.
+
+    It is ``kkn1.<key>.<serial>.<issued>.<expires>.<code>``. Raises ValueError for anything else.
+    """
+    _, _, serial, issued, expires, _ = text.split(".")
+    return serial, int(expires) - int(issued)
+
+
 @dataclass(frozen=True)
 class Admission:
     """Whom a gateway has admitted: a serial, and the ticket that the agent's own proof was given, if it was.

@@ -58,14 +58,10 @@ begin
   elsif v_is_hook and v_header = v_claim is not false then
     -- As almost every request has it: the canonical serial of a certificate that may be used. One statement, and the
     -- claims stay as they are; whatever is otherwise goes on below.
-    select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || c.serial || '|x|0', true)
+    select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || u.serial || '|x|0', true)
       into v_binding
-      from kakunin_private.gateway_logins g, kakunin_private.session_keys k, kakunin_private.certificates c
-      join kakunin_private.agents a on a.agent_id = c.agent_id
-     where g.login = session_user and c.serial = v_claim
-       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
-       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id)
-       and k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+      from kakunin_private.gateway_logins g, kakunin_private.session_keys k, kakunin_private.usable_serial(v_claim) u(serial)
+     where g.login = session_user and k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
     if found and kakunin_private.mark_bound(v_binding, v_claim) then
       perform set_config('kakunin.session', v_binding, true);
       return;

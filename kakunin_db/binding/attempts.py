@@ -53,7 +53,7 @@ _LOCK_WITHIN = 0.05
 _LONGEST_STATEMENT = 1 << 20
 
 # Local to the transaction, and before anything else in it: the login's own settings may be any.
-_LIMITS = (
+LIMITS = (
     "select pg_catalog.set_config('statement_timeout', '5000', true),"
     " pg_catalog.set_config('lock_timeout', '2000', true),"
     " pg_catalog.set_config('idle_in_transaction_session_timeout', '10000', true)"
@@ -333,7 +333,7 @@ class Recorder:
         connection = self._connected(key, agent)
         wait_until(connection, time.monotonic() + ON_TIME)
         cursor = psycopg.Cursor(connection, row_factory=tuple_row)
-        cursor.execute(_LIMITS, prepare=False)
+        cursor.execute(LIMITS, prepare=False)
         if attempt.transaction is not None:
             # The answer to its commit was lost. Twice in the ledger, it would count twice against the agent.
             status = cursor.execute(_COMMITTED, [attempt.transaction], prepare=False).fetchone()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..credential import AgentCredential
 from ..errors import CredentialRejectedError, KakuninError, refused
 from ..serials import normalize_serial
-from ..tickets import Admission, Ticket
+from ..tickets import Admission, Ticket, read_ticket
 
 if TYPE_CHECKING:
     from .attempts import Recorder
@@ -153,8 +153,7 @@ class Bearer:
         text = yield Query(OPEN, assertion)
         if isinstance(text, bytes):  # what psycopg gives where SQL has set client_encoding to SQL_ASCII
             text = text.decode()
-        _, _, _, issued, expires, _ = text.split(".")
-        lifetime = int(expires) - int(issued)  # both by the server's clock, so the client's may be off
+        _, lifetime = read_ticket(text)
         cache.put(installation, login, Ticket(text, started + lifetime * _RENEW_AFTER))
 
     def bind(self, address: str, login: str, *, to_session: bool = False, with_begin: bool = False) -> Query:

@@ -46,10 +46,9 @@ from ..errors import (
 )
 from ..logs import why
 from ..results import CertificateVerification
-from ..serials import normalize_serial
+from ..serials import SERIAL_HEADER, normalize_serial
 from ..tokens import PRIVILEGED, Minter, Token
 
-SERIAL_HEADER: Final = "X-Kakunin-Cert-Serial"
 # Headers that say who asks, and go to no other origin.
 _IDENTITY: Final = ("authorization", "apikey", SERIAL_HEADER.lower())
 # Leaves the header Authorization. Without it httpx puts a user and password there that a URL, or the Location

@@ -20,10 +20,10 @@ from autogen.tools import Tool
 from ..client import Kakunin
 from ..credential import AgentCredential
 from ..monitoring import Monitor
+from ..serials import SERIAL_HEADER
 from .base import Guarded, synchronous
 
 FRAMEWORK: Final = "autogen"
-HEADER: Final = "X-Kakunin-Cert-Serial"
 
 
 class KakuninConversableAgent(ConversableAgent):
@@ -138,7 +138,7 @@ class KakuninHttpxMixin:
         async def ask(request: httpx.Request) -> None:
             await self._guarded.acheck(stage="request")
 
-        return httpx.AsyncClient(headers={HEADER: self.cert_serial}, event_hooks={"request": [ask]})
+        return httpx.AsyncClient(headers={SERIAL_HEADER: self.cert_serial}, event_hooks={"request": [ask]})
 
     @property
     def sync_http_client(self) -> httpx.Client:
@@ -147,4 +147,4 @@ class KakuninHttpxMixin:
         def ask(request: httpx.Request) -> None:
             self._guarded.check(stage="request")
 
-        return httpx.Client(headers={HEADER: self.cert_serial}, event_hooks={"request": [ask]})
+        return httpx.Client(headers={SERIAL_HEADER: self.cert_serial}, event_hooks={"request": [ask]})

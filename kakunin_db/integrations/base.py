@@ -7,14 +7,11 @@ and the texts of errors are never in it.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -22,7 +19,7 @@ from ..client import AsyncKakunin, Kakunin
 from ..credential import AgentCredential
 from ..errors import BadInputError, KakuninError, ScopeViolationError
 from ..monitoring import Monitor
-from ..scope import ScopeGuard
+from ..scope import ScopeGuard, run_within
 
 # The ledger's name for what a certificate's scopes refused (docs/binding.md).
 ATTEMPT: Final = "unauthorized_access_attempt"
@@ -121,37 +118,7 @@ class Guarded:
     def wrap(self, function: Callable[..., Any], **what: str) -> Callable[..., Any]:
         """The function, run only if the agent may at each call, of its own kind and signature. The body of a
         generator begins, and is guarded, with its first item."""
-        wrapper: Callable[..., Any]
-        if _is(function, inspect.isasyncgenfunction):
-
-            async def async_generator(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-                async with self.call(**what), contextlib.aclosing(function(*args, **kwargs)) as items:
-                    async for item in items:
-                        yield item
-
-            wrapper = async_generator
-        elif _is(function, inspect.iscoroutinefunction):
-
-            async def coroutine(*args: Any, **kwargs: Any) -> Any:
-                async with self.call(**what):
-                    return await function(*args, **kwargs)
-
-            wrapper = coroutine
-        elif _is(function, inspect.isgeneratorfunction):
-
-            def generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-                with self.call(**what):
-                    return (yield from function(*args, **kwargs))
-
-            wrapper = generator
-        else:
-
-            def plain(*args: Any, **kwargs: Any) -> Any:
-                with self.call(**what):
-                    return function(*args, **kwargs)
-
-            wrapper = plain
-        return functools.wraps(function)(wrapper)
+        return run_within(function, lambda: self.call(**what))
 
 
 class Call:
@@ -192,10 +159,3 @@ def synchronous(kakunin: object) -> Kakunin:
             "Give it a Kakunin; what is async asks that in a thread.",
         )
     return kakunin
-
-
-def _is(function: Any, kind: Callable[[Any], bool]) -> bool:
-    """Also of objects that are called, and of functools.partial."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return kind(function) or (not isinstance(function, type) and kind(getattr(function, "__call__", None)))  # noqa: B004

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import psycopg
 from psycopg.rows import tuple_row
 
-from ..binding.attempts import recorder
+from ..binding.attempts import LIMITS, recorder
 from ..binding.bearer import Bearer
 from ..binding.core import Core
 from ..binding.psycopg_ import PsycopgChannel, run
@@ -26,13 +26,6 @@ T = TypeVar("T")
 # Seconds.
 CALL_WITHIN: Final = 10.0
 _AT_ONCE: Final = 1.0
-
-# Local to the transaction: the login's own settings may be any. Milliseconds.
-_LIMITS = (
-    "select pg_catalog.set_config('statement_timeout', '5000', true),"
-    " pg_catalog.set_config('lock_timeout', '2000', true),"
-    " pg_catalog.set_config('idle_in_transaction_session_timeout', '10000', true)"
-)
 
 
 class Session:
@@ -72,7 +65,7 @@ class Session:
 
         def bound(connection: psycopg.Connection[Any]) -> Any:
             run(connection, Core(PsycopgChannel(connection), self.bearer).begin())
-            self._value(connection, _LIMITS)
+            self._value(connection, LIMITS)
             value = self._value(connection, query, parameters)
             self._committing = True
             connection.commit()

@@ -26,13 +26,12 @@ from ..errors import (
     ScopeViolationError,
     UnknownCertificateError,
 )
-from ..serials import normalize_serial
-from ..tickets import Admission, Ticket
+from ..serials import SERIAL_HEADER, normalize_serial
+from ..tickets import Admission, Ticket, read_ticket
 
 if TYPE_CHECKING:
     from .signature import SignatureRules
 
-SERIAL_HEADER: Final = "X-Kakunin-Cert-Serial"
 ASSERTION_HEADER: Final = "X-Kakunin-Assertion"
 
 Proof = Literal["serial", "signature", "assertion"]
@@ -401,8 +400,7 @@ def _session(request: Request, serial: str) -> Generator[Step, Any, Ticket]:
     if len(text) > _LONGEST_ASSERTION or not text.isascii() or text.count(".") != 2:
         raise unauthorized("invalid_assertion", f"{ASSERTION_HEADER} is one JWT in compact form (RFC 7523).")
     ticket: Ticket = yield OpenSession(text)
-    # kkn1.<key>.<serial>.<issued>.<expires>.<code>
-    if ticket.text.split(".")[2] != serial:
+    if read_ticket(ticket.text)[0] != serial:
         raise unauthorized("invalid_assertion", "The assertion is of another certificate than the one named.")
     return ticket
 

@@ -26,7 +26,7 @@ from ..client.operations import Query
 from ..conninfo import lasting
 from ..errors import BadInputError, KakuninError, named
 from ..logs import why
-from ..tickets import Ticket
+from ..tickets import Ticket, read_ticket
 from .core import (
     OpenSession,
     PublicKey,
@@ -129,8 +129,7 @@ def _open(assertion: str) -> Query:
 
 def _ticket(rows: list[dict[str, Any]], begun: float) -> Ticket:
     text = rows[0]["ticket"]
-    _, _, _, issued, expires, _ = text.split(".")
-    return Ticket(text, begun + int(expires) - int(issued))
+    return Ticket(text, begun + read_ticket(text)[1])
 
 
 def _refused(error: Exception, step: Step) -> Refused:

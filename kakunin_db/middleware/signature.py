@@ -28,9 +28,8 @@ from http_message_signatures import (
 
 from ..credential import AgentCredential
 from ..errors import BadInputError
-from ..serials import normalize_serial
+from ..serials import SERIAL_HEADER, normalize_serial
 from .core import (
-    SERIAL_HEADER,
     Content,
     PublicKey,
     Refused,

@@ -1934,6 +1934,18 @@ end;
 comment on function kakunin_private.bound_certificate(text) is
   'Serial and agent of a binding that this session may use now. Whoever believes it marks the transaction: mark_bound()';
 
+create function kakunin_private.usable_serial(p_serial text) returns setof text
+language sql stable parallel restricted rows 1
+begin atomic
+  select c.serial
+    from kakunin_private.certificates c
+    join kakunin_private.agents a on a.agent_id = c.agent_id
+   where c.serial = p_serial
+     and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+     and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id);
+end;
+comment on function kakunin_private.usable_serial(text) is 'The serial, in its canonical form, if its certificate may be used now; no row otherwise. Inlined';
+
 create function kakunin.current_cert_serial() returns text
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
 as $$
@@ -1953,14 +1965,10 @@ begin
   end if;
   -- As almost every claim is: the canonical serial, in one statement. Claims are read as JSON only where the login is one that is believed.
   v_serial := (
-    select c.serial
-      from kakunin_private.gateway_logins g
-      join kakunin_private.certificates c
-        on c.serial = case when g.login = session_user then v_claims::json ->> 'kakunin_cert_serial' end
-      join kakunin_private.agents a on a.agent_id = c.agent_id
-     where g.login = session_user and not g.hooked
-       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
-       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id));
+    select u.serial
+      from kakunin_private.gateway_logins g,
+           kakunin_private.usable_serial(case when g.login = session_user then v_claims::json ->> 'kakunin_cert_serial' end) u(serial)
+     where g.login = session_user and not g.hooked);
   if v_serial is not null then
     return v_serial;
   end if;
@@ -1968,13 +1976,7 @@ begin
   if v_serial is null then
     return null;
   end if;
-  return (
-    select c.serial
-      from kakunin_private.certificates c
-      join kakunin_private.agents a on a.agent_id = c.agent_id
-     where c.serial = v_serial
-       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
-       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id));
+  return (select u.serial from kakunin_private.usable_serial(v_serial) u(serial));
 end
 $$;
 comment on function kakunin.current_cert_serial() is
@@ -2963,14 +2965,10 @@ begin
   elsif v_is_hook and v_header = v_claim is not false then
     -- As almost every request has it: the canonical serial of a certificate that may be used. One statement, and the
     -- claims stay as they are; whatever is otherwise goes on below.
-    select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || c.serial || '|x|0', true)
+    select kakunin_private.make_binding(k.inner_pad, k.outer_pad, k.key_id || '|' || u.serial || '|x|0', true)
       into v_binding
-      from kakunin_private.gateway_logins g, kakunin_private.session_keys k, kakunin_private.certificates c
-      join kakunin_private.agents a on a.agent_id = c.agent_id
-     where g.login = session_user and c.serial = v_claim
-       and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
-       and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id)
-       and k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
+      from kakunin_private.gateway_logins g, kakunin_private.session_keys k, kakunin_private.usable_serial(v_claim) u(serial)
+     where g.login = session_user and k.valid_until is null and kakunin_private.key_is_good(k.key_id, k.valid_until);
     if found and kakunin_private.mark_bound(v_binding, v_claim) then
       perform set_config('kakunin.session', v_binding, true);
       return;
