@@ -212,6 +212,12 @@ def compare(cluster: Cluster, options: argparse.Namespace) -> None:
                 against = rates["plain, bound" if name.endswith("bound") else "plain"]
                 ratio = statistics.median(a / b for a, b in zip(found, against, strict=True))
                 print(f"  {name:<14} {statistics.median(found):>8.0f}/s   {ratio:.2f}")
+                record(
+                    f"{name}, {count} client{'s' if count > 1 else ''}",
+                    f"{statistics.median(found):,.0f}/s",
+                    "" if found is against else "plain, bound" if name.endswith("bound") else "plain",
+                    None if found is against else ratio,
+                )
             print(
                 f"  {(after[0] - before[0]) / max(after[1] - before[1], 1):.0f} entries a signature,"
                 f" none without one for longer than {lag:.2f} s"
