@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     _export_commands(_group(groups, "export", "the kit as files that others apply"))
     _mcp_command(groups)
     demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
+    demo.add_argument(
+        "--serve",
+        action="store_true",
+        help="leave the server up, with its agents, and print an MCP client's configuration, until Ctrl-C",
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -972,13 +977,14 @@ def _migrations(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        status: int | None = importlib.import_module("kakunin_db.demo").main()
+        status: int | None = importlib.import_module("kakunin_db.demo").main(serve=options.serve)
     except ImportError as error:
         # Its own extra's packages and psycopg's libpq; a name of ours that is missing is a bug.
         if (error.name or "").startswith("kakunin_db"):
             raise
         raise _Failed(
-            f"the demo needs {error.name or error}", "Run: pip install 'kakunin-db[demo]'"
+            f"the demo needs {error.name or error}",
+            f"Run: pip install 'kakunin-db[{'demo,mcp' if options.serve else 'demo'}]'",
         ) from error
     return status or 0
 

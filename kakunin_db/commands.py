@@ -895,9 +895,9 @@ def model_hash(options: argparse.Namespace) -> int:
 
 
 def jwks(options: argparse.Namespace) -> int:
-    from .signers import open_signer  # noqa: PLC0415
+    from .signers import open_jwt_signer  # noqa: PLC0415
     from .tokens import jwks as jwk_set  # noqa: PLC0415
 
     # JSON with --json and without: there is no other form of it.
-    print(json.dumps(jwk_set([open_signer(uri).public_key() for uri in options.signers]), indent=2))
+    print(json.dumps(jwk_set([open_jwt_signer(uri).public_key() for uri in options.signers]), indent=2))
     return 0

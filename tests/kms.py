@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
 from kakunin_db import KMSKeys, KMSSigner, PKCS11Keys, PKCS11Signer
-from kakunin_db.signers import kms, pkcs11
+from kakunin_db.signers import KMSECDSASigner, kms, pkcs11
 
 ACCOUNT = "123456789012"
 SECRET = "s3cret-Pin-or-password"
@@ -126,10 +126,13 @@ class Wire:
         """moto 5.2 hashes the message although MessageType is DIGEST, which AWS does not."""
         if request.get("MessageType") != "DIGEST":
             return {}
-        assert request["SigningAlgorithm"] == "RSASSA_PKCS1_V1_5_SHA_256"
         key = self.key(answer["KeyId"]).private_key.private_key
-        digest = base64.b64decode(request["Message"])
-        signature = key.sign(digest, padding.PKCS1v15(), utils.Prehashed(hashes.SHA256()))
+        digest, sha256 = base64.b64decode(request["Message"]), utils.Prehashed(hashes.SHA256())
+        if request["SigningAlgorithm"] == "ECDSA_SHA_256":
+            signature = key.sign(digest, ec.ECDSA(sha256))
+        else:
+            assert request["SigningAlgorithm"] == "RSASSA_PKCS1_V1_5_SHA_256"
+            signature = key.sign(digest, padding.PKCS1v15(), sha256)
         return {"Signature": base64.b64encode(signature).decode()}
 
     @property
@@ -169,6 +172,9 @@ class Wire:
 
     def signer(self, key: str, **options: Any) -> KMSSigner:
         return KMSSigner(key, endpoint_url=self.url, **{"timeout": 5, "attempts": 3} | options)
+
+    def ecdsa_signer(self, key: str) -> KMSECDSASigner:
+        return KMSECDSASigner(key, endpoint_url=self.url, timeout=5, attempts=3)
 
     def made(self, spec: str = "RSA_2048", usage: str = "SIGN_VERIFY") -> str:
         """The ARN of a new key."""
