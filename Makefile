@@ -37,7 +37,7 @@ help:
 	@echo 'make supabase-example'
 	@echo '                 an agent in Python and in JavaScript, on a Postgres and a PostgREST of its own'
 	@echo 'make demo        certified agents, attacks and the signed ledger, on a Postgres of its own'
-	@echo 'make bench       the benchmarks'
+	@echo 'make bench       the benchmarks, and the table of docs/performance.md'
 	@echo 'make freeze      write the unreleased revision from sql/ (docs/migrations.md)'
 	@echo 'make build       the wheel and the source distribution, in dist/'
 	@echo 'make clean       remove what these made'
@@ -163,7 +163,7 @@ demo: $(READY)
 	@$(BIN)/kakunin-db demo
 
 bench: $(READY) postgrest
-	@for script in append cache ledger middleware session verify risk postgrest; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
+	@$(BIN)/python benchmarks/results.py
 
 # A released revision is never rewritten; a second one is written by hand, as docs/migrations.md says.
 freeze: $(READY)

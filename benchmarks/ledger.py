@@ -39,6 +39,7 @@ from cryptography.hazmat.primitives import serialization
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
+from results import record
 
 from kakunin_db import AgentCredential, CertificateAuthority, LocalSigner
 from kakunin_db.ledger.worker import Settings, Worker
@@ -218,6 +219,11 @@ def compare(cluster: Cluster, options: argparse.Namespace) -> None:
                     "" if found is against else "plain, bound" if name.endswith("bound") else "plain",
                     None if found is against else ratio,
                 )
+            record(
+                f"entries a signature, {count} clients",
+                f"{(after[0] - before[0]) / max(after[1] - before[1], 1):.0f}",
+            )
+            record(f"longest without a signature, {count} clients", f"{lag:.2f} s")
             print(
                 f"  {(after[0] - before[0]) / max(after[1] - before[1], 1):.0f} entries a signature,"
                 f" none without one for longer than {lag:.2f} s"

@@ -32,10 +32,11 @@ RUNS = {
     "policies": ["--rows", "1000,10000,100000,1000000"],
     "append": ["--history", "1000,100000"],
     "ledger": ["--seconds", "2"],
-    "verify": ["--entries", "100000"],
+    "verify": ["100000"],
     "cache": [],
     "middleware": [],
     "postgrest": [],
+    "risk": [],
 }
 
 

@@ -138,7 +138,12 @@ def python_api(name: str, dsn: str, credential: AgentCredential) -> None:
             plain.commit()
 
         median, ratio = compare(name, bound, setting, 200, 5)
-        record(name.split(",")[0], f"{median * 1e6:.0f} µs", "set_config() and a policy that reads it", ratio)
+        record(
+            name.split(",", maxsplit=1)[0],
+            f"{median * 1e6:.0f} µs",
+            "set_config() and a policy that reads it",
+            ratio,
+        )
 
 
 def measure(cluster: Cluster, credential: AgentCredential) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from results import record
 
 from kakunin_db import CertificateAuthority, LocalSigner
 from kakunin_db.ledger import (
@@ -108,6 +109,10 @@ def measure(bundle: Path, root: Path) -> None:
     if not report.ok:
         raise SystemExit(f"it does not verify: {report.findings[0]}")
     size = bundle.stat().st_size / report.entries
+    record(
+        f"entries of an exported bundle of {report.entries:,} a CPU second", f"{report.entries / cpu:,.0f}"
+    )
+    record("... memory, above what the process had", f"{(memory() - before) / 2**20:.0f} MiB")
     print(
         f"{report.entries:>10} {size:>8.0f} {report.heads:>6} {report.entries / cpu:>14.0f}"
         f" {report.entries / clock:>16.0f} {before / 2**20:>10.1f} {memory() / 2**20:>10.1f}"
