@@ -340,7 +340,7 @@ def report(
         _, kinds, watched = ATTACKS[attack]
         print(f"\n{attack}: {len(agents)} agents; found out, median time, 90 %, attack events; by chance")
 
-        def line(name: str, found: str, chance: str = "") -> None:
+        def line(name: str, found: str, chance: str = "", attack: str = attack) -> None:
             print(f"  {name:14} {found:34} {chance:>6}")
             record(f"{attack}, {name}: found out, median time, 90 %, attack events", found)
 
