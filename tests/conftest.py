@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -83,11 +84,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (item.path.stem not in FIRST, -size[item.path], item.path))
 
 
-def start_cluster(major: int) -> Cluster:
-    bindir = binaries(major)
+def start_cluster(major: int, bindir: Path | None = None, **settings: str) -> Cluster:
+    bindir = bindir or binaries(major)
     if bindir is None:
         pytest.skip(f"no Postgres {major} on this machine: make postgres, or set KAKUNIN_PG{major}_BIN")
-    cluster = Cluster(major, bindir, settings={"max_prepared_transactions": "20"})
+    cluster = Cluster(major, bindir, settings={"max_prepared_transactions": "20", **settings})
     cluster.init()
     cluster.start()
     with cluster.connect(autocommit=True) as admin:
