@@ -204,7 +204,7 @@ class Cluster:
             self._kept.pop(key).close()
 
     def program(self, name: str) -> Path | None:
-        """A client program for this server: of its own build, of another build of its major, or a newer one."""
+        """A client program: of the server's own build, of another one of its major, or a newer one."""
         places = [self.bin, *_candidates(self.major), *_candidates(18)]
         return next((place / name for place in places if (place / name).exists()), None)
 

@@ -47,7 +47,8 @@ API_ROLES = ["anon", "authenticated"]
 FIRST = {
     "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
     "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql", "test_mcp_ts",
-    "test_pgbouncer", "test_postgrest", "test_standby", "test_supabase_wire", "test_wheel", "test_worker",
+    "test_pgbouncer", "test_postgrest", "test_recovery", "test_standby", "test_supabase_wire", "test_wheel",
+    "test_worker",
 }  # fmt: skip
 
 
