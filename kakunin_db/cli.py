@@ -18,9 +18,9 @@ from typing import Any
 from . import (
     audit_commands,
     commands,
+    database_commands,
     export_commands,
     mcp_commands,
-    recover_commands,
     webhook_commands,
 )
 from .errors import BadInputError, KakuninError
@@ -102,6 +102,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--sql", action="store_true", help="print the script for psql and touch no database"
         )
+    uninstall = _add(
+        groups,
+        "uninstall",
+        database_commands.uninstall,
+        "take policies and triggers off without opening a table, then remove the kit with all its data",
+        role=None,
+    )
+    uninstall.add_argument(
+        "--dry-run", action="store_true", help="print the script for psql and change nothing"
+    )
+    uninstall.add_argument(
+        "--without-export", action="store_true", help="although entries of the ledger are in no export"
+    )
     _authority_commands(_group(groups, "ca", "certificate authorities"))
     _agent_commands(_group(groups, "agent", "agents, their certificates, and taking them away"))
     _other_commands(groups)
@@ -524,7 +537,7 @@ def _recover_command(groups: Any) -> None:
     command = _add(
         groups,
         "recover",
-        recover_commands.recover,
+        database_commands.recover,
         "say whether this is where the ledger was sealed, and what is missing; after a restore, an upgrade or"
         " a promotion, go on or begin a ledger of its own; exit status 1 where somebody has to decide",
         role=None,

@@ -229,8 +229,8 @@ def test_a_dump_is_restored_on_another_server(
 def test_a_copy_beside_the_original_does_not_fork_the_tree(
     origin: Origin, tmp_path: Path, recover: Recover
 ) -> None:
-    """Both workers run, with one key: the original's signs, the copy's does not. Its owner cannot have it go on
-    either, since the witness knows better; it becomes a ledger of its own."""
+    """Both workers run, with one key: the original's signs, the copy's does not. Its owner cannot have it go
+    on either, since the witness knows better; it becomes a ledger of its own."""
     cluster = origin.database.cluster
     database = restore(dump(origin.database, tmp_path / "dump"), cluster, f"beside_{uuid.uuid4().hex}")
     copy = origin.at(database)

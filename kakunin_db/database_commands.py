@@ -1,4 +1,4 @@
-"""``recover``: what a restored, upgraded or promoted database is, and what its ledger is to do there."""
+"""What is done to a database as a whole: ``recover`` and ``uninstall``."""
 
 from __future__ import annotations
 
@@ -38,8 +38,29 @@ class _Witnessed(NamedTuple):
     lost: int | None  # and the smallest one that is not of this tree
 
 
+def uninstall(options: argparse.Namespace) -> int:
+    from . import uninstall as module  # noqa: PLC0415
+
+    steps = module.plan(options.dsn, without_export=options.without_export)
+    if options.dry_run:
+        print(module.script(steps), end="")
+        return 0
+    change = module.uninstall(options.dsn, steps, on_notice=_note)
+    _answer(
+        options,
+        {"before": change.before, "closed": steps.closed, "unprotected": steps.unprotected},
+        [
+            ("removed", f"revision {change.before or 'base'}"),
+            ("closed", [f"{name}: row security stays on" for name in steps.closed]),
+            ("open", [f"{name}: had no row security before either" for name in steps.unprotected]),
+        ],
+    )
+    return 0
+
+
 def recover(options: argparse.Namespace) -> int:
-    """Reports; with ``action`` also acts. Exit status 1 where somebody has to decide."""
+    """What a restored, upgraded or promoted database is, and what its ledger is to do there. Exit status 1
+    where somebody has to decide."""
     import psycopg  # noqa: PLC0415
 
     lists = list(_lists(options.crl))
