@@ -197,9 +197,6 @@ begin
   update kakunin_private.installation set installation_id = gen_random_uuid();
   perform kakunin.rotate_session_key('0');
   perform kakunin_private.reseal();
-  -- A copy made from a template has values of sequences that its log does not have: a crash would give them out again.
-  perform setval(s.oid::regclass, nextval(s.oid::regclass))
-     from pg_class s where s.relkind = 'S' and s.relnamespace = 'kakunin_private'::regnamespace;
   perform kakunin_private.record('installation.renewed', null, jsonb_build_object('before', v_before));
   return kakunin.installation_id();
 end

@@ -185,6 +185,7 @@ ALSO_SET = {
     "kakunin.archive_partition(name)": ["lock_timeout=200ms"],
     "kakunin.make_partitions(interval)": ["lock_timeout=200ms"],
     "kakunin.renew_installation()": ["lock_timeout=5s"],
+    "kakunin.continue_ledger()": ["lock_timeout=5s"],
     # What a session has set must not show in an entry.
     "kakunin.record_changes()": [
         "DateStyle=ISO, YMD",
@@ -653,6 +654,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.register_ledger_key(%s)", [ledger_der]),
             ("select kakunin.revoke_ledger_key('00')", []),
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.ledger_home())", []),
             ("select kakunin.make_partitions('4 months')", []),
             ("select kakunin.archive_partition('ledger_200001')", []),
             ("select kakunin.add_webhook(%s, 'https://a.test/x?y', '{agent.created}', %s)", [hook, secret]),
@@ -690,6 +692,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.sleep_ledger()", []),
             ("select kakunin.settle_risk()", []),
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.ledger_home())", []),
             ("select kakunin.make_partitions('4 months')", []),
         ],
         "auditor": [
@@ -731,6 +734,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.set_gateway_logins('{nobody_at_all}')", []),
             ("select kakunin.set_gateway_logins('{}')", []),
             ("select kakunin.renew_installation() is null", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.continue_ledger())", []),
         ],
     }[login]  # fmt: skip
 

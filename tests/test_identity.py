@@ -964,6 +964,7 @@ MAY_CALL = {
     "lead_ledger(uuid,text,interval)": {"worker"},
     "sleep_ledger()": {"worker"},
     "ledger_status()": {"worker", "operator", "auditor"},
+    "ledger_home()": {"worker", "operator", "auditor"},
     "inclusion_proof(bigint,bigint)": {"agent", "gateway", "auditor"},
     "consistency_proof(bigint,bigint)": {"worker", "auditor"},
     "frontier(bigint)": {"auditor"},
@@ -986,6 +987,7 @@ MAY_CALL = {
     "set_gateway_logins(name[],name[])": set(),
     "pre_request()": {"agent", "gateway"},
     "renew_installation()": set(),
+    "continue_ledger()": set(),
 }
 
 
