@@ -31,7 +31,7 @@ from psycopg.rows import dict_row
 
 from ..conninfo import lasting
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
-from ..logs import say, why
+from ..logs import counted, say, why
 from .heads import TreeHead
 from .merkle import verify_consistency
 from .witness import Witness, WitnessError
@@ -579,7 +579,7 @@ class Worker:
 
 def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
     return LedgerIntegrityError(
-        f"the ledger has been put back: a tree head over {last.tree_size} entries was signed, and now there"
+        f"the ledger has been put back: a tree head over {counted(last.tree_size)} was signed, and now there"
         f" are {size}, or other ones",
         "Nothing is signed until that is explained. If this is a restored copy, make it a ledger of its own:"
         " kakunin.renew_installation(). If a standby was promoted that lacked the end, docs/ledger.md"
