@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .commands import Refused, _answer, _answer_rows, _client, _note, _read, _shown, checked_dsn
 from .errors import BadInputError, KakuninError, LedgerIntegrityError
+from .logs import counted
 
 if TYPE_CHECKING:
     import psycopg
@@ -222,7 +223,7 @@ def _verify_database(options: argparse.Namespace) -> int:
         with _progress("verifying", size[0] if size else None) as advance:
             report, unsealed = verify_database(connection, roots, witnesses=witnesses, progress=advance)
     if unsealed:
-        _note(f"{unsealed} entries are not signed yet")
+        _note(f"not signed yet: {counted(unsealed)}")
     return _reported(options, report)
 
 
@@ -248,7 +249,7 @@ def _reported(options: argparse.Namespace, report: Report) -> int:
             ("tree_size", report.tree_size),
             ("tree_heads", report.heads),
             ("signed", signed),
-            ("not here", f"{report.archived} entries that were archived" if report.archived else None),
+            ("not here", f"{counted(report.archived)}, archived" if report.archived else None),
             ("problems", report.count or None),
             *(("wrong", f"{f.kind}: {f.message}") for f in report.findings[:20]),
         ],
@@ -403,7 +404,7 @@ def health(options: argparse.Namespace) -> int:
     wrong = []
     if status.lag_seconds > options.max_lag:
         wrong.append(
-            f"{status.lag_entries} entries wait for a signature, the oldest for {status.lag_seconds:.0f} s"
+            f"without a signature: {counted(status.lag_entries)}, the oldest for {status.lag_seconds:.0f} s"
         )
     if status.leader is None:
         wrong.append("no worker leads: is kakunin-db worker running?")
@@ -426,7 +427,7 @@ def health(options: argparse.Namespace) -> int:
             ("problem", wrong),
             ("entries", status.tree_size),
             ("signed", status.signed_size),
-            ("lag", f"{status.lag_entries} entries, {status.lag_seconds:.1f} s"),
+            ("lag", f"{counted(status.lag_entries)}, {status.lag_seconds:.1f} s"),
             ("last signed", status.last_signed_at),
             ("leader", status.leader),
             ("exported", status.exported_size),

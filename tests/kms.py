@@ -11,8 +11,10 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -216,6 +218,31 @@ def serve_kms() -> Iterator[Wire]:
         yield wire
         wire.stop()
         kms._session.cache_clear()
+
+
+@contextlib.contextmanager
+def dripping(before: bytes, piece: bytes) -> Iterator[tuple[str, threading.Event, list[float]]]:
+    """A server that answers by drops, each in time, until it is told to stop; and when it was asked."""
+    over = threading.Event()
+    asked: list[float] = []
+
+    def answer(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            client.recv(65536)
+            asked.append(time.monotonic())
+            client.sendall(before)
+            while not over.wait(0.05):
+                client.sendall(piece)
+
+    def accept(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # closed when the block ends
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", over, asked
+        over.set()
 
 
 _PATHS = ("/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")

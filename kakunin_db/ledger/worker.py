@@ -33,7 +33,7 @@ from psycopg.rows import dict_row
 
 from ..conninfo import lasting
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
-from ..logs import say, why
+from ..logs import counted, say, why
 from .heads import TreeHead
 from .merkle import verify_consistency
 from .witness import Witness, WitnessError
@@ -600,7 +600,7 @@ class Worker:
 
 def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
     return LedgerIntegrityError(
-        f"the ledger has been put back: a tree head over {last.tree_size} entries was signed, and now there"
+        f"the ledger has been put back: a tree head over {counted(last.tree_size)} was signed, and now there"
         f" are {size}, or other ones",
         "Nothing is signed until that is explained. kakunin-db recover --witness shows what is missing, and"
         " makes what is left a ledger of its own; docs/recovery.md says when.",

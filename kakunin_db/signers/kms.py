@@ -5,7 +5,6 @@ boto3 comes with the extra ``aws`` and is imported when a client is made.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import os
 import re
@@ -18,6 +17,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 
+from ..aws import InTime, check_time
 from ..errors import BadInputError, SignerError, SignerUnavailableError
 from .base import (
     Signer,
@@ -39,13 +39,6 @@ _SETTLING = (0.2, 0.4, 0.8, 1.6, 3.2)
 _TIMEOUT = 3.0
 _ATTEMPTS = 4
 _DEADLINE = 30.0
-
-# Calls that were given up and whose answers still come, and while how many of those nothing more is asked.
-_MOST_HANGING = 16
-_hanging: set[concurrent.futures.Future[Any]] = set()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_hanging.clear)  # it has none of their threads
-_until = threading.local()
 
 # Codes whose message in KMS's answer is worth repeating. Others may quote the request with its session token.
 _TELLING = {
@@ -73,6 +66,8 @@ _CREDENTIALS = {
     "MissingAuthenticationTokenException",
     "UnrecognizedClientException",
 }
+
+_in_time = InTime()
 
 _Result = TypeVar("_Result")
 _PublicKey = TypeVar("_PublicKey", rsa.RSAPublicKey, ec.EllipticCurvePublicKey)
@@ -122,41 +117,8 @@ def _new_client(region: str, endpoint_url: str | None, timeout: float, attempts:
         raise SignerError(
             f"no client of AWS KMS can be made ({type(error).__name__})", "Check the AWS configuration."
         ) from error
-    client.meta.events.register("before-send.kms", _check_time)
+    client.meta.events.register("before-send.kms", check_time)
     return client
-
-
-def _check_time(**_: Any) -> None:
-    """Sends nothing once the call was given up: a key would be made that nobody waits for."""
-    if time.monotonic() > getattr(_until, "moment", float("inf")):
-        raise TimeoutError("the call was given up")
-
-
-def _in_time(call: Callable[[], _Result], deadline: float) -> _Result:
-    """What it returns or raises; TimeoutError where it does neither in ``deadline`` seconds.
-
-    botocore bounds how long each piece of an answer is waited for, and not how many there are. Nothing ends a
-    read from outside, so it goes on in a thread of its own until its answer ends or the process does.
-    """
-    if len(_hanging) >= _MOST_HANGING:
-        raise TimeoutError(f"{_MOST_HANGING} earlier calls have no answer yet")
-    done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
-
-    def run() -> None:
-        _until.moment = time.monotonic() + deadline
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="kakunin kms", daemon=True).start()
-    try:
-        return done.result(deadline)
-    except concurrent.futures.TimeoutError as error:  # TimeoutError itself from Python 3.11 on
-        if not done.done():
-            _hanging.add(done)
-            done.add_done_callback(_hanging.discard)
-        raise TimeoutError(f"no whole answer within {deadline:g} s") from error
 
 
 def _call(client: Any, operation: str, key: str, deadline: float, **arguments: Any) -> dict[str, Any]:

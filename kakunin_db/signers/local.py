@@ -123,14 +123,15 @@ class LocalKeys:
         self._folder = Path(folder)
         self._password = password
 
-    def _path(self, public_key: rsa.RSAPublicKey) -> Path:
+    def path(self, public_key: rsa.RSAPublicKey) -> Path:
+        """The file that a key is in, if it is here."""
         return self._folder / f"{subject_key_id(public_key)}.pem"
 
     def create(self, label: str) -> LocalSigner:
         signer = LocalSigner.generate()
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            signer.save(self._path(signer.public_key()), self._password)
+            signer.save(self.path(signer.public_key()), self._password)
         except OSError as error:
             raise SignerError(
                 f"no key can be kept in {self._folder}: {error.strerror}", "Check the folder and its owner."
@@ -139,14 +140,14 @@ class LocalKeys:
 
     def open(self, public_key: rsa.RSAPublicKey) -> LocalSigner:
         """Raises SignerError when the folder has no such key, BadInputError when the password is another."""
-        path = self._path(public_key)
+        path = self.path(public_key)
         signer = load_signer(path, self._password)
         if signer.public_key() != public_key:
             raise SignerError(f"{path} holds another key than its name says", "Restore the file.")
         return signer
 
     def discard(self, signer: Signer) -> None:
-        path = self._path(signer.public_key())
+        path = self.path(signer.public_key())
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
