@@ -937,6 +937,7 @@ MAY_CALL = {
     "halt_agent(uuid,text,boolean)": {"operator"},
     "reinstate_agent(uuid)": {"operator"},
     "rotate_session_key(interval)": {"operator"},
+    "set_replica_lag(interval)": {"operator"},
     "protect(regclass,name,name[],text,boolean,boolean,boolean,boolean)": {"operator"},
     "unprotect(regclass)": {"operator"},
     "audit_changes(regclass,boolean,boolean)": {"operator"},
