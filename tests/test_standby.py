@@ -311,8 +311,8 @@ def test_g8_the_limit_is_a_setting(replicated: Replicated) -> None:
     agent = replicated.agent()
     ticket = replicated.primary.ticket(agent, "agent_1")
     clock = (
-        "create or replace function kakunin_private.clock() returns timestamptz language sql volatile parallel"
-        " safe return clock_timestamp() + interval '{}'"
+        "create or replace function kakunin_private.clock() returns timestamptz"
+        " language sql volatile parallel safe return clock_timestamp() + interval '{}'"
     )
     replicated.primary.run("installer", clock.format("2 minutes"))
     try:
