@@ -1,6 +1,7 @@
 """What the commands about the ledger do and print: ``audit``, ``worker`` and ``health``.
 
-What reads the ledger out of a database puts that on record first, in the ledger.
+What reads the ledger out of a database puts that on record first, in the ledger; but not where it is only
+replicated, because there nothing can be, or may be, added to it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,21 @@ def _connected(
         options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
     ) as connection:
         connection.execute("set jit = off")  # compiling takes longer than what is read here
-        connection.execute("select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})])
+        if _is_replica(connection):
+            _note("this is a replica, where nobody can put it on record that the ledger was read")
+        else:
+            connection.execute(
+                "select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})]
+            )
         yield connection
+
+
+def _is_replica(connection: psycopg.Connection[Any]) -> bool:
+    """A standby, or a database to which the ledger was copied or is replicated; no session can set that."""
+    row = connection.execute(
+        "select pg_is_in_recovery() or (kakunin.ledger_home() -> 'moved')::boolean"
+    ).fetchone()
+    return bool(row and row[0])
 
 
 @contextlib.contextmanager
@@ -294,7 +308,8 @@ def export(options: argparse.Namespace) -> int:
             if options.out != "-":
                 os.fsync(file.fileno())
         digest = target.sha256.hexdigest()
-        connection.execute("select kakunin.record_export(%s, %s, %s)", [size, options.start, digest])
+        if not _is_replica(connection):
+            connection.execute("select kakunin.record_export(%s, %s, %s)", [size, options.start, digest])
     if options.out != "-":
         _answer(
             options,

@@ -32,6 +32,17 @@ _KNOWN = (
     "select from kakunin.ledger_keys k where k.serial = %(serial)s",
 )
 
+# What was published is the newest list, whatever the database remembers.
+_NEWEST = """
+insert into kakunin_private.crls as l
+  (key_id, number, this_update, next_update, serials, der, published_at, published_by)
+values (%(key_id)s, %(number)s, %(this_update)s, %(next_update)s, %(serials)s, %(der)s, now(), session_user)
+on conflict (key_id) do update
+  set number = excluded.number, this_update = excluded.this_update, next_update = excluded.next_update,
+      serials = excluded.serials, der = excluded.der, published_at = excluded.published_at,
+      published_by = excluded.published_by
+  where l.number < excluded.number"""
+
 
 class _Witnessed(NamedTuple):
     newest: int | None  # entries that the newest tree head of a witness is over
@@ -179,9 +190,12 @@ def _lists(paths: list[str]) -> Iterator[x509.CertificateRevocationList]:
 def _revoke(
     connection: psycopg.Connection[Any], lists: list[x509.CertificateRevocationList]
 ) -> tuple[list[str], list[str]]:
-    """Revokes what an authority's list has and the database has not; returns it, and what is unknown here."""
+    """Revokes what an authority's list has and the database has not; returns it, and what is unknown here.
+    The next list is numbered after this one."""
     from cryptography import x509  # noqa: PLC0415
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
 
+    from .ca import key_id  # noqa: PLC0415
     from .serials import normalize_serial  # noqa: PLC0415
 
     revoked: list[str] = []
@@ -191,9 +205,10 @@ def _revoke(
         for row in connection.execute("select der from kakunin.authorities")
     ]
     for each in lists:
-        keys: list[Any] = [a.public_key() for a in authorities if a.subject == each.issuer]
-        if not any(each.is_signature_valid(key) for key in keys):
+        issuer = next((a for a in authorities if _signed_by(each, a)), None)
+        if issuer is None:
             raise Refused("a revocation list is not signed by an authority that is trusted here")
+        number = each.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         for entry in each:
             serial = normalize_serial(entry.serial_number)
             reasons = entry.extensions
@@ -207,4 +222,20 @@ def _revoke(
                 revoked.append(serial)
             elif not any(_one(connection, query, parameters) for query in _KNOWN):
                 unknown.append(serial)
+        connection.execute(
+            _NEWEST,
+            {
+                "key_id": key_id(issuer),
+                "number": number,
+                "this_update": each.last_update_utc,
+                "next_update": each.next_update_utc,
+                "serials": [normalize_serial(entry.serial_number) for entry in each],
+                "der": each.public_bytes(serialization.Encoding.DER),
+            },
+        )
     return revoked, unknown
+
+
+def _signed_by(revocations: x509.CertificateRevocationList, authority: x509.Certificate) -> bool:
+    public_key: Any = authority.public_key()
+    return authority.subject == revocations.issuer and revocations.is_signature_valid(public_key)

@@ -102,6 +102,12 @@ class RiskTooHighError(KakuninError):
     sqlstate = "KA011"
 
 
+class ReplicaLagError(KakuninError):
+    """KA012: the standby is too far behind its primary to answer agents."""
+
+    sqlstate = "KA012"
+
+
 class PolicyViolationError(KakuninError):
     """42501: row security or a missing privilege refused a statement of a bound session."""
 
@@ -139,6 +145,7 @@ _BY_SQLSTATE: dict[str, type[KakuninError]] = {
         SpendLimitError,
         BadInputError,
         RiskTooHighError,
+        ReplicaLagError,
     )
 }
 

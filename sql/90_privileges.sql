@@ -127,7 +127,7 @@ grant execute on function
   kakunin.trust_ca(bytea), kakunin.distrust_ca(text, text),
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
   kakunin.halt_agent(uuid, text, boolean),
-  kakunin.rotate_session_key(interval),
+  kakunin.rotate_session_key(interval), kakunin.set_replica_lag(interval),
   kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean), kakunin.unprotect(regclass),
   kakunin.audit_changes(regclass, boolean, boolean), kakunin.record_policy(regclass), kakunin.record_changes()
   to kakunin_operator;

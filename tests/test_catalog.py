@@ -644,6 +644,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.suspend_agent(%s, 'why')", [agent.agent_id]),
             ("select kakunin.reinstate_agent(%s)", [agent.agent_id]),
             ("select kakunin.rotate_session_key()", []),
+            ("select kakunin.set_replica_lag('1 minute')", []),
             ("select kakunin.revoke_certificate('01:02')", []),
             ("select kakunin.trust_ca(%s)", [authority.der]),
             ("select kakunin.trust_ca(%s)", [issued.der]),

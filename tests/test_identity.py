@@ -937,6 +937,7 @@ MAY_CALL = {
     "halt_agent(uuid,text,boolean)": {"operator"},
     "reinstate_agent(uuid)": {"operator"},
     "rotate_session_key(interval)": {"operator"},
+    "set_replica_lag(interval)": {"operator"},
     "protect(regclass,name,name[],text,boolean,boolean,boolean,boolean)": {"operator"},
     "unprotect(regclass)": {"operator"},
     "audit_changes(regclass,boolean,boolean)": {"operator"},
@@ -1246,7 +1247,7 @@ async def test_named_knows_asyncpgs_errors_alone_and_through_sqlalchemy(database
         assert (str(found), found.hint) == ("the thing", "the remedy")
 
 
-@pytest.mark.parametrize("sqlstate", ["42501", "P0001", "KA000", "KA012", "XX000"])
+@pytest.mark.parametrize("sqlstate", ["42501", "P0001", "KA000", "KA013", "XX000"])
 def test_named_leaves_other_errors_alone(database: Database, sqlstate: str) -> None:
     with pytest.raises(psycopg.Error) as caught:
         database.run("stranger", raising(sqlstate))
