@@ -396,7 +396,7 @@ begin
       hint = 'frameworks are iso_27001 and nist_csf';
   end if;
   v_from := v_now - make_interval(hours => 24 * days);
-  v_document := jsonb_build_object(
+  v_document := (jsonb_build_object(
     'type', 'kakunin.report/1', 'report_id', v_report_id, 'installation', kakunin.installation_id(),
     'period', jsonb_build_object('start', kakunin_private.rfc3339(v_from), 'end', kakunin_private.rfc3339(v_now), 'days', days),
     'notes', notes,
@@ -432,7 +432,7 @@ begin
         'by_band', (select coalesce(jsonb_object_agg(t.band, t.n), '{}') from (select v.band, count(*) as n from events v group by 1) t)),
       'decisions', (select coalesce(jsonb_agg(jsonb_build_object(
           'event_id', e.event_id, 'recorded_at', kakunin_private.rfc3339(e.recorded_at), 'event_type', e.entry -> 'event_type', 'metadata', e.entry -> 'metadata')
-          order by e.event_id), '[]') from entries e where e.entry -> 'risk' = 'null')));
+          order by e.event_id), '[]') from entries e where e.entry -> 'risk' = 'null'))))::text;
   insert into kakunin_private.reports (report_id, agent_id, period_start, period_end, created_at, created_by, document)
   values (v_report_id, create_report.agent_id, v_from, v_now, v_now, session_user, v_document);
   perform kakunin_private.record('report.created', create_report.agent_id, jsonb_build_object(
