@@ -1,4 +1,4 @@
-"""What is tried against `kakunin-db serve`: keys, scopes, content, paths, floods, and a database that is gone."""
+"""What is tried against `kakunin-db serve`: keys, scopes, content, paths, floods, a database that is gone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_no_private_route_answers_without_a_good_key(server: Server) -> None:
     other = ApiKey.generate()
     wrong = [
         "", "x", "kak_live_", good.text[:-1], good.text + "x", good.text.upper(), revoked.text, expired.text,
-        other.text, other.text.replace(other.prefix, good.prefix), good.text.replace(good.prefix, other.prefix),
+        other.text, other.text.replace(other.prefix, good.prefix),
+        good.text.replace(good.prefix, other.prefix),
         f"{good.text} {good.text}", good.digest.hex(), f"kak_live_{good.prefix}_' or '1'='1",
     ]  # fmt: skip
     for text in wrong:
@@ -176,8 +177,9 @@ def test_a_key_of_one_agent_knows_no_other(server: Server, agent: Agent) -> None
 @pytest.mark.parametrize(
     ("change", "value"),
     [
-        ("scopes", []), ("scopes", ["agents:everything"]), ("scopes", ["agents:read", None]), ("scopes", None),
-        ("scopes", ["*"]), ("name", " "), ("name", "x" * 201), ("prefix", "ABCDEF0123456789"),
+        ("scopes", []), ("scopes", ["agents:everything"]), ("scopes", ["agents:read", None]),
+        ("scopes", None), ("scopes", ["*"]), ("name", " "), ("name", "x" * 201),
+        ("prefix", "ABCDEF0123456789"),
         ("prefix", "0123"), ("prefix", None), ("digest", b"short"), ("digest", None),
         ("agent_id", uuid.uuid4()), ("expires_at", dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)),
         ("reach", None),
@@ -195,7 +197,8 @@ def test_keys_that_are_not_taken_in(database: Database, agent: Agent, change: st
     with pytest.raises(psycopg.Error) as refused:
         database.run(
             "operator",
-            "select kakunin.create_api_key(%(prefix)s, %(digest)s, %(name)s, %(scopes)s, %(agent_id)s, %(expires_at)s)",
+            "select kakunin.create_api_key(%(prefix)s, %(digest)s, %(name)s, %(scopes)s, %(agent_id)s,"
+            " %(expires_at)s)",
             given,
         )
     assert refused.value.sqlstate == "KA010"
@@ -323,7 +326,8 @@ def test_keys_are_not_sent_in_the_clear(database: Database) -> None:
 
 
 EVIL = [
-    "' or '1'='1", "'; drop schema kakunin_private cascade; --", "%s", "%(x)s", "\\", "$1", "{}", "{agent_id}",
+    "' or '1'='1", "'; drop schema kakunin_private cascade; --", "%s", "%(x)s", "\\", "$1", "{}",
+    "{agent_id}",
     "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%00", "\u202e", "a" * 3000, "1e309", "NaN", "null", "true",
     "<script>alert(1)</script>", "\r\nX-Injected: 1", "${jndi:ldap://x}",
 ]  # fmt: skip
@@ -344,7 +348,8 @@ def test_injection(server: Server, client: httpx.Client, agent: Agent, evil: str
             assert "X-Injected" not in answer.headers
     for path, name in (
         ("/v1/agents", "status"), ("/v1/agents", "limit"), ("/v1/agents", "before"), ("/v1/agents", evil),
-        ("/v1/events", "agent_id"), ("/v1/events", "band"), ("/v1/events", "before"), ("/v1/chains", "before"),
+        ("/v1/events", "agent_id"), ("/v1/events", "band"), ("/v1/events", "before"),
+        ("/v1/chains", "before"),
     ):  # fmt: skip
         assert client.get(path, params={name: evil}).status_code == 400, (path, name)
     assert client.get("/v1/events", params={"action_type": evil[:64]}).status_code in (200, 400)
@@ -359,7 +364,8 @@ def test_injection(server: Server, client: httpx.Client, agent: Agent, evil: str
 
 BAD_JSON = [
     b"{", b"[]", b"null", b'"x"', b"1", b'{"name": 1}', b"\xff\xfe", b"{" * 100_00, b"[" * 60_000,
-    b'{"name": "\\ud800", "model": "m", "version": "1"}', b'{"name": "\\u0000", "model": "m", "version": "1"}',
+    b'{"name": "\\ud800", "model": "m", "version": "1"}',
+    b'{"name": "\\u0000", "model": "m", "version": "1"}',
     b'{"name": "x", "model": "m", "version": "1", "metadata": {"x": NaN}}',
     b'{"name": "x", "model": "m", "version": "1", "metadata": {"x": 1e400}}',
     b'{"name": "x", "model": "m", "version": "1", "metadata": {"\\u0000": 1}}',
@@ -426,8 +432,10 @@ def test_content_that_never_comes(server: Server, monkeypatch: pytest.MonkeyPatc
 
 def test_paths(client: httpx.Client) -> None:
     for path in (
-        "/", "/v1", "/v1/", "/v1/agents/", "/v1//agents", "/V1/agents", "/v1/agents/..", "/v1/../v1/agents/x/y/z",
-        "/v1/agents/%2e%2e/%2e%2e/etc/passwd", "/static/../kakunin_db", "/docs", "/.git/config", "/v1/crl/../ca/x",
+        "/", "/v1", "/v1/", "/v1/agents/", "/v1//agents", "/V1/agents", "/v1/agents/..",
+        "/v1/../v1/agents/x/y/z",
+        "/v1/agents/%2e%2e/%2e%2e/etc/passwd", "/static/../kakunin_db", "/docs", "/.git/config",
+        "/v1/crl/../ca/x",
         "/v1/crl/..%2f..%2fetc%2fpasswd", "/v1/verify/", "/v1/verify/chain/", "/openapi.json/x",
     ):  # fmt: skip
         answer = client.get(path)
@@ -585,7 +593,8 @@ def test_a_database_that_is_gone(cluster: Cluster) -> None:
             database.cluster.release(database.name)
             try:
                 for answer in (
-                    client.get(path), client.post(f"{path}/halt", json={}), httpx.get(f"{server.url}/healthz"),
+                    client.get(path), client.post(f"{path}/halt", json={}),
+                    httpx.get(f"{server.url}/healthz"),
                     httpx.get(f"{server.url}/v1/verify/{agent.serial}"),
                 ):  # fmt: skip
                     assert answer.status_code == 503

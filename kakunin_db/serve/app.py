@@ -56,6 +56,8 @@ _NOTE_EVERY: Final = 60.0
 # Seconds that a request's content may take to come.
 _CONTENT_WITHIN: Final = 10.0
 
+_UUIDS: Final = re.compile(r"{((?:agent|chain|report)_id)}")
+
 _log = logging.getLogger("kakunin_db.serve")
 
 # Of the kit's errors, those that are about what was asked. The others are the server's own trouble.
@@ -84,7 +86,7 @@ class App:
         self._used: set[uuid.UUID] = set()
         self._document = json.dumps(openapi()).encode()
         routes = [
-            StarletteRoute(r.path, self._endpoint(r), methods=[r.method], include_in_schema=False)
+            StarletteRoute(_UUIDS.sub(r"{\1:uuid}", r.path), self._endpoint(r), methods=[r.method])
             for r in ROUTES
         ]
         routes.append(StarletteRoute("/openapi.json", self._openapi, methods=["GET"]))
@@ -310,7 +312,7 @@ def _answer(error: Exception) -> Response:
         return _unavailable(ours, what)
     if isinstance(error, psycopg.DataError):
         return _problem(ProblemError(400, "a value is not one that the database can store"))
-    if isinstance(error, psycopg.Error):
+    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
         return _unavailable(error, "the database does not answer")
     frames = "".join(traceback.format_tb(error.__traceback__))
     _log.error("500: %s\n%s", type(error).__name__, frames, extra={"event": "error", "fields": {}})
@@ -357,7 +359,7 @@ def openapi() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         answer = wrapped[id(route)]
-        schema = names[answer, "serialization"] if answer is not None else {"type": "string"}
+        schema = names[answer, "serialization"] if answer is not None else _UNNAMED[route.kind]
         operation: dict[str, Any] = {
             "operationId": route.handler.__name__,
             "summary": route.summary,
@@ -401,6 +403,13 @@ def openapi() -> dict[str, Any]:
     }
 
 
+_UNNAMED: Final[dict[str, Any]] = {
+    "pem": {"type": "string"},
+    "der": {"type": "string", "format": "binary"},
+    "document": {"type": "object"},
+}
+
+
 def _envelope(route: Route) -> Any:
     if route.answer is None or route.kind == "document":
         return None
@@ -429,7 +438,7 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
 
 
 def _path_schema(name: str) -> dict[str, Any]:
-    if name in ("agent_id", "chain_id", "report_id"):
+    if _UUIDS.fullmatch(f"{{{name}}}"):
         return {"type": "string", "format": "uuid"}
     return {"type": "string", "minLength": 1, "maxLength": 100}
 

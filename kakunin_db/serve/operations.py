@@ -131,7 +131,7 @@ def create_described(
             version,
             model_hash,
             _json(metadata),
-            financial_scope and _json(financial_scope),
+            None if financial_scope is None else _json(financial_scope),
         ],
     )
     return as_uuid(rows[0]["agent_id"])

@@ -179,7 +179,9 @@ async def create_agent(call: Call) -> Any:
     return await _shown(call, agent_id)
 
 
-@route("GET", "/v1/agents", scope="agents:read", asked=m.ListAgents, answer=m.Agent, page=True)
+@route(
+    "GET", "/v1/agents", scope="agents:read", asked=m.ListAgents, answer=m.Agent, page=True, problems=(404,)
+)
 async def list_agents(call: Call) -> Any:
     """List agents, the newest first."""
     asked: m.ListAgents = call.asked
@@ -521,7 +523,9 @@ async def create_event(call: Call) -> Any:
     )
 
 
-@route("GET", "/v1/events", scope="events:read", asked=m.ListEvents, answer=m.Event, page=True)
+@route(
+    "GET", "/v1/events", scope="events:read", asked=m.ListEvents, answer=m.Event, page=True, problems=(404,)
+)
 async def list_events(call: Call) -> Any:
     """List agents' events, the newest first. The reading is put on record."""
     asked: m.ListEvents = call.asked
@@ -583,7 +587,7 @@ async def create_chain(call: Call) -> Any:
 
 @route(
     "GET", "/v1/chains", scope="chains:read", asked=m.ListChains, answer=m.Chain, page=True,
-    roles=("gateway",),
+    roles=("gateway",), problems=(404,),
 )  # fmt: skip
 async def list_chains(call: Call) -> Any:
     """List decision chains, the newest first."""
