@@ -56,6 +56,10 @@ _NOTE_EVERY: Final = 60.0
 # Seconds that a request's content may take to come.
 _CONTENT_WITHIN: Final = 10.0
 
+# Its guards of synchronous functions run each check in an event loop of its own, with one HTTP client for all.
+# A connection that is kept open would belong to a loop that is closed, and every second check fail.
+_SDK: Final = "kakunin-python/"
+
 _UUIDS: Final = re.compile(r"{((?:agent|chain|report)_id)}")
 
 _log = logging.getLogger("kakunin_db.serve")
@@ -136,6 +140,8 @@ class App:
                 response = _answer(error)
             response.headers["Cache-Control"] = "no-store"
             response.headers["X-Content-Type-Options"] = "nosniff"
+            if request.headers.get("user-agent", "").startswith(_SDK):
+                response.headers["Connection"] = "close"
             # The template of the path and the key's prefix: neither a query nor a key ever is in the log.
             _log.info(
                 "%s %s %d",
