@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from conftest import Database, _ca, _signers
-from kakunin import Kakunin
 
 from kakunin_db import LocalSigner
 from kakunin_db.errors import SignerError, SignerUnavailableError
@@ -22,6 +22,9 @@ from kakunin_db.serve.app import App
 from kakunin_db.serve.backend import Settings
 from kakunin_db.serve.keys import ApiKey
 from kakunin_db.signers import Signer, subject_key_id
+
+pytest.importorskip("kakunin", reason="the SDK is not installed")
+from kakunin import Kakunin
 
 ROLES = ("gateway", "registrar", "operator", "auditor")
 SCOPES = (

@@ -1,5 +1,5 @@
-"""schemathesis against the OpenAPI document of `kakunin-db serve`: what it makes up is answered as the document
-says, and never with a 5xx."""
+"""schemathesis against the OpenAPI document of `kakunin-db serve`: what it makes up is answered as the
+document says, and never with a 5xx."""
 
 from __future__ import annotations
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import kakunin
 import pytest
 from api import Server, api_key, served
 from conftest import Agent, Database
+
+pytest.importorskip("kakunin", reason="the SDK is not installed")
+import kakunin
 from kakunin import exceptions
 from kakunin.integrations.camel import KakuninToolkit
 from kakunin.integrations.google_antigravity import get_kakunin_hooks

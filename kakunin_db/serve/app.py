@@ -56,8 +56,8 @@ _NOTE_EVERY: Final = 60.0
 # Seconds that a request's content may take to come.
 _CONTENT_WITHIN: Final = 10.0
 
-# Its guards of synchronous functions run each check in an event loop of its own, with one HTTP client for all.
-# A connection that is kept open would belong to a loop that is closed, and every second check fail.
+# Its guards of synchronous functions run each check in an event loop of its own, with one HTTP client for
+# all. A connection that is kept open would belong to a loop that is closed, and every second check fail.
 _SDK: Final = "kakunin-python/"
 
 _UUIDS: Final = re.compile(r"{((?:agent|chain|report)_id)}")
@@ -123,7 +123,7 @@ class App:
         used, self._used = self._used, set()
         if used:
             try:
-                await self.backend.run("gateway", ops.note_keys(sorted(used)))
+                await self.backend.about_keys(ops.note_keys(sorted(used)))
             except (KakuninError, psycopg.Error) as error:  # told with the next ones
                 self._used |= used
                 _log.warning("last uses of API keys were not noted: %s", why(error))
@@ -142,7 +142,7 @@ class App:
             response.headers["X-Content-Type-Options"] = "nosniff"
             if request.headers.get("user-agent", "").startswith(_SDK):
                 response.headers["Connection"] = "close"
-            # The template of the path and the key's prefix: neither a query nor a key ever is in the log.
+            # The template of the path, ids that are UUIDs, and the key's prefix: no query and no key.
             _log.info(
                 "%s %s %d",
                 route.method,
@@ -153,6 +153,7 @@ class App:
                     "fields": {
                         "key": caller[0].prefix if caller else None,
                         "address": _address(request),
+                        **{n: v for n, v in request.path_params.items() if isinstance(v, uuid.UUID)},
                         "ms": round((time.monotonic() - began) * 1000, 1),
                     },
                 },
@@ -197,7 +198,7 @@ class App:
         key = ApiKey.parse(text.strip()) if scheme.lower() == "bearer" else None
         caller = None
         if key is not None:
-            caller = await self.backend.run("gateway", ops.authenticate(key.prefix, key.digest))
+            caller = await self.backend.about_keys(ops.authenticate(key.prefix, key.digest))
         if caller is None or caller.status != "active":
             self._refused.wait(address)
             raise ProblemError(

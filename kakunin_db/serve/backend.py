@@ -1,14 +1,15 @@
 """The server's connections: one login, and a pool for each role it holds, set as the connection begins.
 
 The login inherits none of them, so a statement has the rights of the one role it is for. What the login does
-not hold, the server cannot do.
+not hold, the server cannot do. Keys are looked up on connections of their own: whatever others wait for, a
+halt is let in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -69,6 +70,7 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._pools: dict[Role, AsyncConnectionPool[Any]] = {}
+        self._for_keys: AsyncConnectionPool[Any] | None = None
         self._clients: dict[Role, AsyncKakunin] = {}
 
     async def open(self) -> None:
@@ -79,18 +81,24 @@ class Backend:
         dsn, held = await self.check()
         given = conninfo.conninfo_to_dict(dsn).get("options") or ""
         timeout = int(self.settings.timeout * 1000)
+
+        async def opened(role: Role) -> AsyncConnectionPool[Any]:
+            options = f"{given} -c role=kakunin_{role} -c statement_timeout={timeout}".strip()
+            pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+                conninfo.make_conninfo(dsn, options=options),
+                kwargs={"autocommit": True, "prepare_threshold": None},
+                min_size=0,
+                max_size=self.settings.connections,
+                check=_check,
+                open=False,
+            )
+            await pool.open()
+            return pool
+
+        self._for_keys = await opened("gateway")
         for role in ROLES:
             if role in held:
-                options = f"{given} -c role=kakunin_{role} -c statement_timeout={timeout}".strip()
-                self._pools[role] = pool = AsyncConnectionPool(
-                    conninfo.make_conninfo(dsn, options=options),
-                    kwargs={"autocommit": True, "prepare_threshold": None},
-                    min_size=0,
-                    max_size=self.settings.connections,
-                    check=_check,
-                    open=False,
-                )
-                await pool.open()
+                self._pools[role] = pool = await opened(role)
                 self._clients[role] = AsyncKakunin(
                     pool,
                     keys=self.settings.keys,
@@ -116,10 +124,8 @@ class Backend:
         return dsn, held
 
     async def close(self) -> None:
-        await asyncio.gather(*(pool.close() for pool in self._pools.values()))
-
-    def has(self, roles: Iterable[Role]) -> bool:
-        return all(role in self._pools for role in roles)
+        pools = [*self._pools.values(), *([self._for_keys] if self._for_keys else [])]
+        await asyncio.gather(*(pool.close() for pool in pools))
 
     def client(self, role: Role, serial: str | None = None) -> AsyncKakunin:
         """With a serial (``gateway``), one that acts for that agent."""
@@ -130,6 +136,11 @@ class Backend:
 
     async def run(self, role: Role, steps: Steps[T], serial: str | None = None) -> T:
         return await AsyncConnector(self._pool(role), serial, self.settings.timeout).run(steps)
+
+    async def about_keys(self, steps: Steps[T]) -> T:
+        """As run(), for what every request needs."""
+        assert self._for_keys is not None  # noqa: S101 - open() made it
+        return await AsyncConnector(self._for_keys, None, self.settings.timeout).run(steps)
 
     def _pool(self, role: Role) -> AsyncConnectionPool[Any]:
         pool = self._pools.get(role)

@@ -64,12 +64,12 @@ class Call:
         except ValueError:
             raise unknown(what, self.path[f"{what}_id"]) from None
 
-    async def agent(self, agent_id: uuid.UUID | None = None) -> Described:
+    async def agent(self, agent_id: uuid.UUID | None = None, role: Role = "auditor") -> Described:
         """The agent, if the caller's key is good for it: for any other there is none."""
         agent_id = self.id("agent") if agent_id is None else agent_id
         found = None
         if self.key.may_see(agent_id):
-            found = await self.backend.run("auditor", ops.get_described(agent_id))
+            found = await self.backend.run(role, ops.get_described(agent_id))
         if found is None:
             raise unknown("agent", agent_id)
         return found
@@ -360,11 +360,11 @@ async def sign(call: Call) -> Any:
 
 @route(
     "POST", "/v1/agents/{agent_id}/halt", scope="agents:halt", asked=m.Halt, answer=m.HaltReceipt,
-    roles=("operator", "auditor"), problems=(404,),
+    roles=("operator",), problems=(404,),
 )  # fmt: skip
 async def halt(call: Call) -> Any:
     """The kill switch: suspend the agent and revoke its certificates, at once."""
-    found = await call.agent()
+    found = await call.agent(role="operator")  # and nothing else that others might keep waiting
     reason = call.asked.reason or _by(call, "halted")
     receipt = await call.backend.client("operator").agents.halt(found.agent.agent_id, reason)
     revoked = list(receipt.certificates_revoked)
