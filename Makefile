@@ -26,12 +26,16 @@ FRAMEWORKS ?= autogen camel crewai google_antigravity langchain langgraph llamai
 CRASH_ROUNDS ?= 300
 SOAK_SECONDS ?= 600
 
-.PHONY: help test lint check test-all frameworks soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
+# Examples of each operation in `make fuzz`.
+FUZZ_EXAMPLES ?= 200
+
+.PHONY: help test lint check test-all frameworks fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
 	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
 	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
 	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
+	@echo 'make fuzz        schemathesis against kakunin-db serve, 200 examples an operation (FUZZ_EXAMPLES)'
 	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS), then ten minutes of everything at'
 	@echo '                 once (SOAK_SECONDS)'
 	@echo 'make lint        ruff and mypy alone'
@@ -90,6 +94,9 @@ frameworks: $(FRAMEWORKS:%=.frameworks/%/.ready)
 	  failed="$$failed $$framework"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "make: failed with$$failed" >&2; exit 1; fi
+
+fuzz: $(READY)
+	KAKUNIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) KAKUNIN_TEST_PG=18 $(BIN)/pytest tests/test_serve_schema.py
 
 # One major is enough: it is a matter of moments, not of versions.
 soak: $(READY)

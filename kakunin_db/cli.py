@@ -21,6 +21,7 @@ from . import (
     database_commands,
     export_commands,
     mcp_commands,
+    serve_commands,
     webhook_commands,
 )
 from .errors import BadInputError, KakuninError
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _webhook_commands(_group(groups, "webhooks", "who is told what was decided"))
     _export_commands(_group(groups, "export", "the kit as files that others apply"))
     _mcp_command(groups)
+    _serve_commands(groups)
     demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
     demo.add_argument(
         "--serve",
@@ -741,6 +743,63 @@ def _mcp_command(groups: Any) -> None:
         )
 
 
+def _serve_commands(groups: Any) -> None:
+    command = _add(
+        groups, "serve", serve_commands.serve, "serve the REST API of the SDK", role="kakunin_gateway"
+    )
+    for option, kind, default, what in (
+        ("--listen", _address, ("127.0.0.1", 8400), "where; default 127.0.0.1:8400"),
+        (
+            "--permits",
+            _actions,
+            [],
+            "actions that it certifies at most, as in orders:read,trade:*; * for any",
+        ),
+        ("--tls-cert", str, None, "its certificate with the chain, PEM"),
+        ("--tls-key", str, None, "the key of that, PEM"),
+        ("--behind-proxy", str, None, "addresses of proxies that end TLS and say who asks"),
+    ):
+        variable = "KAKUNIN_SERVE_" + option.lstrip("-").replace("-", "_").upper()
+        command.add_argument(
+            option,
+            type=kind,
+            metavar=option.lstrip("-").upper(),
+            default=os.environ.get(variable) or default,
+            help=f"{what}; default ${variable}",
+        )
+    for option, metavar, number, default_number, what in (
+        ("--days", "N", _days(365), dt.timedelta(days=90), "how long its certificates are valid; default 90"),
+        ("--timeout", "SECONDS", _seconds(0.1, 60), 5.0, "for an answer of the database; default 5"),
+        ("--connections", "N", _number(1, 100), 4, "to the database at most, of each role; default 4"),
+        ("--concurrency", "N", _number(1, 10_000), 200, "requests at once, beyond which 503; default 200"),
+        ("--rate-limit", "N", _number(1, 1_000_000), 600, "requests of a key a minute; default 600"),
+        ("--public-rate-limit", "N", _number(1, 1_000_000), 120, "without a key, of an address; default 120"),
+        ("--max-body", "BYTES", _number(1_000, 10_000_000), 65_536, "of a request; default 65536"),
+    ):
+        command.add_argument(option, metavar=metavar, type=number, default=default_number, help=what)
+    command.add_argument(
+        "--log-format", choices=("json", "text"), default="json", help="default: %(default)s"
+    )
+    _key_commands(command.add_subparsers(dest="subcommand", metavar="keys"))
+
+
+def _key_commands(groups: Any) -> None:
+    group = _group(groups, "keys", "API keys")
+    operator = "kakunin_operator"
+    command = _add(group, "create", serve_commands.create_key, "make a key, shown this once", role=operator)
+    command.add_argument("name", metavar="NAME", type=_text(200))
+    command.add_argument(
+        "--scopes", metavar="SCOPE,...", type=_list, required=True, help="such as agents:read,events:write"
+    )
+    command.add_argument("--agent", metavar="AGENT_ID", type=_agent_id, help="the only one it is good for")
+    command.add_argument(
+        "--expires", metavar="DURATION", type=_lasting, help="how long it is good: 1h, 90d; default: always"
+    )
+    _add(group, "list", serve_commands.list_keys, "list the keys", role=operator)
+    command = _add(group, "revoke", serve_commands.revoke_key, "end a key for good", role=operator)
+    command.add_argument("key_id", metavar="KEY_ID", type=_api_key_id)
+
+
 def _add_endpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("endpoint_id", metavar="ENDPOINT_ID", type=_endpoint_id)
 
@@ -870,6 +929,28 @@ def _overlap(text: str) -> dt.timedelta:
     if not 0 <= seconds <= 30 * 86400:
         raise argparse.ArgumentTypeError("a number with s, m, h or d, as in 30m, 1h or 7d; at most 30 days")
     return dt.timedelta(seconds=seconds)
+
+
+def _lasting(text: str) -> dt.timedelta:
+    found = re.fullmatch("([1-9][0-9]{0,6})([hd])", text)
+    if not found or int(found[1]) * {"h": 1, "d": 24}[found[2]] > 3652 * 24:
+        raise argparse.ArgumentTypeError("a number with h or d, as in 1h or 90d; at most 10 years")
+    return dt.timedelta(hours=int(found[1]) * {"h": 1, "d": 24}[found[2]])
+
+
+def _list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",")]
+
+
+def _actions(text: str) -> list[str]:
+    return [action if action == "*" else _action(action) for action in _list(text)]
+
+
+def _api_key_id(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("a key id is a UUID. kakunin-db serve keys list has them") from error
 
 
 def _agent_id(text: str) -> uuid.UUID:

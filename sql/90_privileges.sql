@@ -121,6 +121,22 @@ grant execute on function
   kakunin.unsealed_entries(), kakunin.stray_entries(), kakunin.record_read(text, jsonb), kakunin.record_export(bigint, bigint, text)
   to kakunin_auditor;
 
+-- The API. Its server is a gateway; keys are made and ended by the operator.
+grant execute on function
+  kakunin.authenticate_api_key(text, bytea), kakunin.note_api_keys(uuid[]), kakunin.open_decision_chain(text, text, jsonb),
+  kakunin.append_to_decision_chain(uuid, text, jsonb, text, timestamptz), kakunin.close_decision_chain(uuid)
+  to kakunin_gateway;
+grant execute on function kakunin.verify_decision_chain(uuid) to kakunin_gateway, kakunin_auditor;
+grant select on kakunin.decision_chains to kakunin_gateway, kakunin_auditor;
+grant select on kakunin.decision_chain_events, kakunin.reports to kakunin_auditor;
+grant execute on function kakunin.create_report(uuid, integer, text, text[]) to kakunin_auditor;
+grant execute on function kakunin.describe_agent(uuid, jsonb, jsonb) to kakunin_registrar;
+grant select on kakunin.agent_descriptions to kakunin_registrar, kakunin_operator, kakunin_auditor;
+grant execute on function
+  kakunin.create_api_key(text, bytea, text, text[], uuid, timestamptz), kakunin.revoke_api_key(uuid)
+  to kakunin_operator;
+grant select on kakunin.api_keys to kakunin_operator;
+
 -- protect() and unprotect() run with the caller's rights: the privilege alone protects no table. An owner of
 -- tables who is no operator is granted the two, the three below them that they call, and USAGE on schema kakunin, by name.
 grant execute on function

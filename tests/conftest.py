@@ -61,7 +61,8 @@ NEWEST = {
 OLDEST = {
     "test_acting", "test_attempts", "test_integrations", "test_mcp", "test_mcp_examples", "test_mcp_sql",
     "test_mcp_wire", "test_middleware", "test_middleware_proof", "test_middleware_servers", "test_monitoring",
-    "test_signers", "test_supabase_wire", "test_webhooks", "test_witness",
+    "test_serve_attacks", "test_serve_example", "test_serve_schema", "test_serve_shims", "test_signers",
+    "test_supabase_wire", "test_webhooks", "test_witness",
 }  # fmt: skip
 
 

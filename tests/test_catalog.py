@@ -95,6 +95,11 @@ def test_only_the_owner_has_any_privilege_on_a_table(catalog: Catalog) -> None:
         "webhook_deliveries": {"kakunin_operator"},
         **dict.fromkeys(("risk_by_hour", "risk_by_day", "risk_contributions"), risk),
         "risk_reviews": {"kakunin_auditor", "kakunin_operator"},
+        "api_keys": {"kakunin_operator"},
+        "agent_descriptions": readers,
+        "decision_chains": {"kakunin_gateway", "kakunin_auditor"},
+        "decision_chain_events": {"kakunin_auditor"},
+        "reports": {"kakunin_auditor"},
     }
     assert set(catalog(granted)) == {f"{view} {role} SELECT" for view in views for role in views[view]}
     columns = "select attname from RELATIONS c join pg_attribute on attrelid = c.oid where attacl is not null"
@@ -428,6 +433,7 @@ SHADOWED_TABLES = [
     "ledger", "chains", "sleeper", "partitions", "tree", "tree_nodes", "tree_heads", "ledger_keys", "batches",
     "leader", "exports", "kakunin_rows", "webhook_endpoints", "webhook_messages", "webhook_deliveries",
     "expirations", "expiry_sweep", "risk_settings", "risk_hours", "risk_known", "risk_reviews", "risk_stops",
+    "api_keys", "agent_descriptions", "decision_chains", "decision_chain_events", "reports",
     "spending", "baseline", "bound", "taken", "assessed",
 ]  # fmt: skip
 # Exact signatures beat the variadic and polymorphic functions of pg_catalog wherever both are in the path.
@@ -617,12 +623,32 @@ def servers_calls(login: str, agent: Agent) -> Calls:
     ledger_key = authority.issue_ledger_key(database.installation_id, ledger_signer().public_key())
     ledger_der = ledger_key.public_bytes(serialization.Encoding.DER)
     hook, secret = agent.agent_id, bytes(60)
+    key = (
+        "select kakunin.create_api_key(%s, pg_catalog.sha256('x'), 'k', '{agents:read}', %s,"
+        " pg_catalog.now() operator(pg_catalog.+) %s::pg_catalog.interval) is null"
+    )
+    in_chain = "select {} from kakunin.decision_chains where name operator(pg_catalog.=) 'x'"
     return {
         "gateway": [
             ("select kakunin.bind_serial(%s)", [agent.serial]),
             ("select kakunin.current_cert_serial()", []),
             ("select kakunin.bind_serial('01:02')", []),
             ("select kakunin.pre_request()", []),
+            ("select kakunin.authenticate_api_key('0123456789abcdef', 'x') is null", []),
+            ("select kakunin.note_api_keys(%s)", [[agent.agent_id]]),
+            ("select kakunin.open_decision_chain('x', 'y', '{\"a\": 1}') is null", []),
+            ("select kakunin.open_decision_chain('')", []),
+            ("select kakunin.append_to_decision_chain(%s, 'x', '{}', 's')", [agent.agent_id]),
+            (in_chain.format("kakunin.append_to_decision_chain(chain_id, 'x', '{}', 's') is null"), []),
+            (in_chain.format("pg_catalog.length(kakunin.close_decision_chain(chain_id))"), []),
+            ("select kakunin.close_decision_chain(%s)", [agent.agent_id]),
+            ("select kakunin.verify_decision_chain(%s)", [agent.agent_id]),
+            (
+                "select kakunin.verify_decision_chain(chain_id)"
+                " operator(pg_catalog.-) '{chain_id,created_at,closed_at,chain_hash}'::pg_catalog.text[]"
+                " from kakunin.decision_chains",
+                [],
+            ),
         ],
         "registrar": [
             ("select kakunin.verify_certificate(%s)", [agent.serial]),
@@ -636,6 +662,9 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             (register, [issued.der[:-1]]),
             ("select kakunin.crls_due()", []),
             ("select kakunin.revocations(%s) is null", [key_id]),
+            ("select kakunin.describe_agent(%s, '{\"scopes\": [\"a:b\"]}', '{}')", [agent.agent_id]),
+            ("select kakunin.describe_agent(%s, '[]')", [agent.agent_id]),
+            ("select metadata from kakunin.agent_descriptions", []),
             ("select kakunin.publish_crl(%s)", [crl]),
             ("select kakunin.sign_halt(%s, %s, %s)", [agent.agent_id, key_id, signature]),
             ("select kakunin.update_agent(%s, model => 'm', model_hash => %s)", [agent.agent_id, model_hash]),
@@ -658,6 +687,12 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_home())", []),
             ("select kakunin.make_partitions('4 months')", []),
             ("select kakunin.archive_partition('ledger_200001')", []),
+            (key, ["0123456789abcdef", hook, "1 hour"]),
+            (key, ["0123456789abcdef", hook, "1 hour"]),
+            (key, ["0123456789abcde0", None, "-1 hour"]),
+            (key, ["x", None, None]),
+            ("select kakunin.revoke_api_key(key_id) is null from kakunin.api_keys", []),
+            ("select kakunin.revoke_api_key(%s)", [hook]),
             ("select kakunin.add_webhook(%s, 'https://a.test/x?y', '{agent.created}', %s)", [hook, secret]),
             ("select kakunin.add_webhook(%s, 'ftp://a.test', '{agent.created}', %s)", [hook, secret]),
             ("select kakunin.rotate_webhook(%s, %s, '1 hour')", [hook, secret]),
@@ -714,6 +749,10 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select * from kakunin.ledger_leaves(0, 3)", []),
             ("select pg_catalog.count(*) from kakunin.unsealed_entries()", []),
             ("select pg_catalog.count(*) from kakunin.stray_entries()", []),
+            ("select kakunin.create_report(%s, 30, 'n', '{iso_27001}') is null", [agent.agent_id]),
+            ("select kakunin.create_report(%s, 0)", [agent.agent_id]),
+            ("select kakunin.verify_decision_chain(%s)", [agent.agent_id]),
+            ("select pg_catalog.count(*) from kakunin.reports", []),
             ("select kakunin.record_read('export')", []),
             ("select kakunin.record_export(%s, 0, %s)", [size, "0" * 64]),
         ],

@@ -985,6 +985,16 @@ MAY_CALL = {
     "rotate_webhook(uuid,bytea,interval)": {"operator"},
     "test_webhook(uuid)": {"operator"},
     "replay_webhooks(text,uuid)": {"operator"},
+    "create_api_key(text,bytea,text,text[],uuid,timestamp with time zone)": {"operator"},
+    "revoke_api_key(uuid)": {"operator"},
+    "authenticate_api_key(text,bytea)": {"gateway"},
+    "note_api_keys(uuid[])": {"gateway"},
+    "describe_agent(uuid,jsonb,jsonb)": {"registrar"},
+    "open_decision_chain(text,text,jsonb)": {"gateway"},
+    "append_to_decision_chain(uuid,text,jsonb,text,timestamp with time zone)": {"gateway"},
+    "close_decision_chain(uuid)": {"gateway"},
+    "verify_decision_chain(uuid)": {"gateway", "auditor"},
+    "create_report(uuid,integer,text,text[])": {"auditor"},
     "set_gateway_logins(name[],name[])": set(),
     "pre_request()": {"agent", "gateway"},
     "renew_installation()": set(),
@@ -1332,6 +1342,11 @@ VIEWS = {
     "risk_reviews": {"operator", "auditor"},
     "webhook_endpoints": {"operator"},
     "webhook_deliveries": {"operator"},
+    "api_keys": {"operator"},
+    "agent_descriptions": {"registrar", "operator", "auditor"},
+    "decision_chains": {"gateway", "auditor"},
+    "decision_chain_events": {"auditor"},
+    "reports": {"auditor"},
 }
 PRIVATE = {
     "audit_log": "ledger",
@@ -1351,6 +1366,11 @@ COLUMNS = {
     "risk_reviews": "decision",
     "webhook_endpoints": "url",
     "webhook_deliveries": "state",
+    "api_keys": "prefix",
+    "agent_descriptions": "metadata",
+    "decision_chains": "name",
+    "decision_chain_events": "event_id",
+    "reports": "document",
 }
 
 
