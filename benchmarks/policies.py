@@ -125,14 +125,15 @@ def measure(cluster: Cluster, credential: AgentCredential, rows: int, rounds: in
             times=rounds if rows < 10**6 else 11,
         )
         c.execute("reset enable_indexscan; reset enable_bitmapscan; reset enable_indexonlyscan")
+        pair("update of the agent's", "update {orders} set payload = 'y' where {mine}", undone=True)
+        pair("delete of the agent's", "delete from {orders} where {mine}", undone=True)
+        # Last, because what is undone stays in the tables.
         pair(
             f"insert of {BULK}",
             "insert into {orders} select 1000000000 + i, 1, '{serial}', repeat('x', 60)"
             f" from generate_series(1, {BULK}) i",
             undone=True,
         )
-        pair("update of the agent's", "update {orders} set payload = 'y' where {mine}", undone=True)
-        pair("delete of the agent's", "delete from {orders} where {mine}", undone=True)
 
 
 def _run(connection: psycopg.Connection[Any], text: bytes, undone: bool) -> None:
