@@ -70,7 +70,8 @@ def write(path: Path, entries: int) -> CertificateAuthority:
                     f'"recorded_at":"2026-11-23T08:15:00.{i % 1000000:06}Z","event_type":"data_access",'
                     f'"agent_id":"{agent_id}","serial":"{serial}","login":"agent_1","session_id":null,'
                     f'"chain":{i % CHAINS + 1},"sequence":{i // CHAINS + 1},"prev":"{prev[i % CHAINS]}",'
-                    f'"metadata":{{"rows": {i % 97}, "table": "orders"}}}}'
+                    '"risk":{"band": "low", "score": 0.1000, "factors": {}, "agent_band": "low",'
+                    f' "agent_score": 0.0000}},"metadata":{{"rows": {i % 97}, "table": "orders"}}}}'
                 ).encode()
                 digest = hashlib.sha256(b"\0" + entry)
                 prev[i % CHAINS] = digest.hexdigest()
