@@ -21,6 +21,10 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # agree on versions of what they depend on: each has an environment of its own.
 FRAMEWORKS ?= autogen camel crewai google_antigravity langchain langgraph llamaindex
 
+# Interpreters beside the one of .venv, each with an environment of its own, and what is tested with them.
+PYTHONS ?= python3.10 python3.12 python3.13
+CORE ?= errors tokens merkle integrations binding client cache middleware mcp
+
 # Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes. And
 # seconds of everything at once.
 CRASH_ROUNDS ?= 300
@@ -29,12 +33,13 @@ SOAK_SECONDS ?= 600
 # Examples of each operation in `make fuzz`.
 FUZZ_EXAMPLES ?= 200
 
-.PHONY: help test lint check test-all frameworks fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
+.PHONY: help test lint check test-all frameworks pythons fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
 	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
 	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
 	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
+	@echo 'make pythons     the core and the guards on other interpreters (PYTHONS)'
 	@echo 'make fuzz        schemathesis against kakunin-db serve, 200 examples an operation (FUZZ_EXAMPLES)'
 	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS), then ten minutes of everything at'
 	@echo '                 once (SOAK_SECONDS)'
@@ -97,6 +102,23 @@ frameworks: $(FRAMEWORKS:%=.frameworks/%/.ready)
 
 fuzz: $(READY)
 	KAKUNIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) KAKUNIN_TEST_PG=18 $(BIN)/pytest tests/test_serve_schema.py
+
+.pythons/%/.ready: pyproject.toml constraints.txt
+	@echo 'installing into .pythons/$*'
+	@$* -m venv --clear .pythons/$*
+	@.pythons/$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# One that is not here is said, and one failing does not keep the others from running.
+pythons:
+	@failed=; for python in $(PYTHONS); do \
+	  echo "== $$python"; \
+	  if ! $$python --version >/dev/null 2>&1; then echo "skipped: there is no $$python on this machine"; continue; fi; \
+	  if $(MAKE) --no-print-directory .pythons/$$python/.ready \
+	    && KAKUNIN_TEST_PG=18 .pythons/$$python/bin/python -m pytest $(PARALLEL) $(CORE:%=tests/test_%.py); then continue; fi; \
+	  failed="$$failed $$python"; \
+	done; \
+	if [[ -n $$failed ]]; then echo "make: failed with$$failed" >&2; exit 1; fi
 
 # One major is enough: it is a matter of moments, not of versions.
 soak: $(READY)
@@ -190,5 +212,5 @@ build: $(READY)
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .frameworks .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .frameworks .pythons .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -129,18 +129,20 @@ def notify(database: Database, payload: str, user: str = "stranger") -> None:
 
 
 async def test_an_answer_is_kept_and_copied(make: Any, database: Database) -> None:
-    agent = database.agent(permitted_actions=["a:b"], financial_scope={"limits": {"usd": 1}})
+    agent = database.agent(permitted_actions=["a:b"], financial_scope={"permitted_venues": {"XLON": 1}})
     cache = await make(ttl=60).ready()
     first = await cache.require(agent.serial)
     assert first.valid
     assert (first.agent_id, first.permitted_actions) == (agent.agent_id, ("a:b",))
-    first.financial_scope["limits"]["usd"] = 10**9  # a caller's own
+    first.financial_scope["permitted_venues"]["XLON"] = 10**9  # a caller's own
     plain = agent.serial.replace(":", "")
     for form in (agent.serial.lower(), plain, f"0x{plain}", int(plain, 16), f" {agent.serial} "):
         again = await cache.require(form)
-        assert again.financial_scope == {"limits": {"usd": 1}}
+        assert again.financial_scope == {"permitted_venues": {"XLON": 1}}
         again.financial_scope.clear()
-    assert cache.cache.kept(plain) == dataclasses.replace(first, financial_scope={"limits": {"usd": 1}})
+    assert cache.cache.kept(plain) == dataclasses.replace(
+        first, financial_scope={"permitted_venues": {"XLON": 1}}
+    )
     assert cache.queries == 1
     cache.cache.clear()
     assert cache.cache.kept(agent.serial) is None
