@@ -230,7 +230,7 @@ declare
   v_here kakunin_private.home;
 begin
   if has_function_privilege('pg_control_system()', 'execute') then
-    v_here.system_identifier := (select c.system_identifier from pg_control_system() c);
+    v_here.system_identifier := (select c.system_identifier::text from pg_control_system() c);
   end if;
   v_here.database := (select d.oid from pg_database d where d.datname = current_database());
   if not pg_is_in_recovery() then

@@ -416,8 +416,8 @@ def revocation_list(database: Database) -> bytes:
 
 @pytest.mark.usefixtures("archive")
 def test_g6_a_copy_of_the_disk_is_shown_by_the_witness(tmp_path: Path, recover: Recover) -> None:
-    """Server, database and timeline are the original's, so both sign, each its own. Whoever verifies one of them
-    with the witness is told, and no worker that asks the witness signs either from then on."""
+    """Server, database and timeline are the original's, so both sign, each its own. Whoever verifies one with
+    the witness is told, and no worker that asks the witness signs either from then on."""
     with contextlib.ExitStack() as stack:
         database = stack.enter_context(archiving(MAJORS[-1]))
         origin = stack.enter_context(original(database, tmp_path))
