@@ -908,8 +908,8 @@ def test_g5_an_auditor_writes_nothing_but_that_it_has_read(database: Database) -
     before = database.run("postgres", "select * from kakunin_private.ledger order by event_id")
     may = {
         "inclusion_proof", "consistency_proof", "ledger_leaves", "frontier", "unsealed_entries",
-        "stray_entries", "ledger_status", "ledger_home", "installation_id", "normalize_serial", "verify_certificate",
-        "verify_message", "crls_due", "revocations", "current_agent_id", "agent_risk",
+        "stray_entries", "ledger_status", "ledger_home", "installation_id", "normalize_serial",
+        "verify_certificate", "verify_message", "crls_due", "revocations", "current_agent_id", "agent_risk",
         "risk_window", "webhook_status", "certificate_der",
     }  # fmt: skip
     recording = {"record_read", "record_export"}
