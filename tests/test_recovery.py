@@ -414,6 +414,33 @@ def revocation_list(database: Database) -> bytes:
     return _ca().revocation_list(rows, int(number) + 6).public_bytes(Encoding.PEM)  # not the first one
 
 
+@pytest.mark.usefixtures("archive")
+def test_g6_a_copy_of_the_disk_is_shown_by_the_witness(tmp_path: Path, recover: Recover) -> None:
+    """Server, database and timeline are the original's, so both sign, each its own. Whoever verifies one with
+    the witness is told, and no worker that asks the witness signs either from then on."""
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(archiving(MAJORS[-1]))
+        origin = stack.enter_context(original(database, tmp_path))
+        server = database.cluster.backup(archive_mode="off")
+        stack.callback(server.destroy)
+        server.start()
+        copy = origin.at(Database(server, database.name))
+        copy.serves()
+        code, said, _ = recover(copy.database)
+        assert (code, said["state"]) == (0, "at home")
+        append(database, origin.agent, 10)
+        first, second = copy.sign(), origin.sign()
+        assert first != second
+        assert audit_verify(copy, tmp_path) == audit_verify(origin, tmp_path) == 1
+        copy.signs_nothing(remembers=True)
+        code, said, _ = recover(copy.database, "--witness", origin.witness_uri)
+        assert (code, said["state"], said["lost_from"]) == (1, "lost", second)
+        code, said, _ = recover(copy.database, "--renew")
+        assert code == 0
+        renewed = Origin(copy.database, copy.agent, copy.database.ledger_key(), origin.witness_uri)
+        renewed.goes_on()
+
+
 # pg_upgrade -------------------------------------------------------------------------------------------
 
 

@@ -94,6 +94,8 @@ def test_g5_the_ledger_is_verified_where_its_dba_has_no_say(
             admin.execute(statement)
         admin.execute(subscription.replace("host=db dbname=app user=ledger_reader", connection).rstrip(";"))
         try:
+            copied = "select bool_and(srsubstate = 'r') from pg_subscription_rel"
+            until(lambda: admin.execute(copied).fetchone() == (True,), "the first copy")
             size = signed(application, agent, key, tmp_path)
             arrived = "select max(tree_size) from kakunin.tree_heads"
             until(lambda: auditors.value("auditor", arrived) == size, "the tree head")
