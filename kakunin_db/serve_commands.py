@@ -49,16 +49,17 @@ def serve(options: argparse.Namespace) -> int:
     app = App(
         Settings(
             options.dsn,
-            options.keys,
-            options.ca_keys,
-            options.crl_url,
-            options.permits,
-            options.days,
-            options.timeout,
-            options.connections,
-            options.rate_limit,
-            options.public_rate_limit,
-            options.max_body,
+            keys=options.keys,
+            ca_keys=options.ca_keys,
+            crl_url=options.crl_url,
+            operator=options.operator_role,
+            permits=options.permits,
+            lifetime=options.days,
+            timeout=options.timeout,
+            connections=options.connections,
+            per_minute=options.rate_limit,
+            public_per_minute=options.public_rate_limit,
+            max_body=options.max_body,
         )
     )
     config = uvicorn.Config(

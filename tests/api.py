@@ -73,7 +73,7 @@ def login(database: Database, name: str, roles: Sequence[str] = ROLES) -> str:
         if found is None:
             admin.execute(f"create role {name} login noinherit")
             for role in roles:
-                admin.execute(f"grant kakunin_{role} to {name}")
+                admin.execute(f"grant {f'kakunin_{role}' if role in ROLES else role} to {name}")
     return database.dsn(name)
 
 
