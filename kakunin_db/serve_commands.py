@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime as dt
 import ipaddress
 import logging
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 def serve(options: argparse.Namespace) -> int:
     """Serves the API until it is told to stop."""
+    import asyncio  # noqa: PLC0415 - other commands start sooner without
+
     try:
         import uvicorn  # noqa: PLC0415
 
