@@ -755,6 +755,7 @@ def _serve_commands(groups: Any) -> None:
             [],
             "actions that it certifies at most, as in orders:read,trade:*; * for any",
         ),
+        ("--operator-role", _text(63), "kakunin_operator", "role that halts, suspends and revokes"),
         ("--tls-cert", str, None, "its certificate with the chain, PEM"),
         ("--tls-key", str, None, "the key of that, PEM"),
         ("--behind-proxy", str, None, "addresses of proxies that end TLS and say who asks"),

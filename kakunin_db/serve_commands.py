@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime as dt
 import ipaddress
 import logging
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 def serve(options: argparse.Namespace) -> int:
     """Serves the API until it is told to stop."""
+    import asyncio  # noqa: PLC0415 - other commands start sooner without
+
     try:
         import uvicorn  # noqa: PLC0415
 
@@ -49,16 +50,17 @@ def serve(options: argparse.Namespace) -> int:
     app = App(
         Settings(
             options.dsn,
-            options.keys,
-            options.ca_keys,
-            options.crl_url,
-            options.permits,
-            options.days,
-            options.timeout,
-            options.connections,
-            options.rate_limit,
-            options.public_rate_limit,
-            options.max_body,
+            keys=options.keys,
+            ca_keys=options.ca_keys,
+            crl_url=options.crl_url,
+            operator=options.operator_role,
+            permits=options.permits,
+            lifetime=options.days,
+            timeout=options.timeout,
+            connections=options.connections,
+            per_minute=options.rate_limit,
+            public_per_minute=options.public_rate_limit,
+            max_body=options.max_body,
         )
     )
     config = uvicorn.Config(

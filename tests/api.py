@@ -73,7 +73,7 @@ def login(database: Database, name: str, roles: Sequence[str] = ROLES) -> str:
         if found is None:
             admin.execute(f"create role {name} login noinherit")
             for role in roles:
-                admin.execute(f"grant kakunin_{role} to {name}")
+                admin.execute(f"grant {f'kakunin_{role}' if role in ROLES else role} to {name}")
     return database.dsn(name)
 
 
@@ -109,7 +109,9 @@ def served(database: Database, dsn: str | None = None, **settings: Any) -> Itera
     keys = Keys()
     given = {"per_minute": 100_000, "public_per_minute": 100_000, "permits": PERMITS} | settings
     app = App(Settings(dsn or login(database, "api"), keys, **given))
-    listening = socket.create_server(("127.0.0.1", 0))
+    # As asyncio makes one itself: without its protocol it would not be set to send small answers at once.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         app.asgi, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=2
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import inspect
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,6 +34,11 @@ from kakunin_db.serve.app import openapi
 from kakunin_db.serve.keys import ApiKey
 from kakunin_db.serve.limits import RateLimit
 from kakunin_db.serve.routes import ROUTES
+
+pytest.importorskip("kakunin", reason="the SDK is not installed")
+from kakunin import Kakunin
+
+DOCUMENTATION = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +302,48 @@ def test_what_its_login_does_not_hold_the_server_cannot_do(database: Database, a
         assert client.patch(path, json={"name": "x"}).status_code == 403
         assert client.patch(path, json={"status": "suspended"}).status_code == 403
         assert client.get(path).json()["data"]["status"] == "active"
+
+
+def test_halting_takes_no_more_than_it_is_granted(database: Database, agent: Agent) -> None:
+    """With the role of docs/api.md in place of kakunin_operator, which could pin an authority of its own."""
+    [statements] = re.findall("```sql\n(create role api_operator.*?)```", DOCUMENTATION, re.DOTALL)
+    with database.connect("installer") as installer:
+        installer.execute("set role installer")
+        installer.execute(statements)
+    dsn = login(database, "api_halter", ("gateway", "registrar", "auditor", "api_operator"))
+    with database.connect("api_halter", autocommit=True) as session:
+        session.execute("set role api_operator")
+        for more in (
+            "kakunin.trust_ca('')", "kakunin.set_risk('{}')", "kakunin.unprotect('pg_class')",
+            "kakunin.revoke_api_key(null)", "kakunin.rotate_session_key()", "kakunin.bind_serial('01')",
+        ):  # fmt: skip
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                session.execute(f"select {more}")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute("set role kakunin_operator")
+    path = f"/v1/agents/{agent.agent_id}"
+    with (
+        served(database, dsn, operator="api_operator") as server,
+        server.client(api_key(database)) as client,
+    ):
+        assert client.patch(path, json={"status": "suspended"}).json()["data"]["status"] == "suspended"
+        assert client.patch(path, json={"status": "active"}).json()["data"]["status"] == "active"
+        halted = client.post(f"{path}/halt", json={}).json()["data"]
+        assert halted["signature"]
+        assert halted["certificates_revoked"] == [agent.serial]
+        assert client.patch(path, json={"status": "retired"}).json()["data"]["status"] == "retired"
+    published = database.value("auditor", "select entries from kakunin.crls")
+    assert published >= 1
+
+
+def test_a_server_without_keys_signs_nothing(database: Database, agent: Agent) -> None:
+    with served(database) as server, server.client(api_key(database)) as client:
+        object.__setattr__(server.app.settings, "keys", None)
+        for path in ("certify", "sign"):
+            body = {"payload": {}} if path == "sign" else {}
+            refused = client.post(f"/v1/agents/{agent.agent_id}/{path}", json=body)
+            assert refused.status_code == 403
+            assert "no key store" in refused.json()["error"]
 
 
 def test_a_statement_has_the_rights_of_one_role(server: Server, database: Database) -> None:
@@ -662,10 +711,24 @@ def test_the_document_is_of_the_routes(server: Server) -> None:
         for method, operation in methods.items()
     }
     assert set(described) == {(route.method, route.path) for route in ROUTES}
+    documented: set[str] = set()
     for route in ROUTES:
         operation = described[route.method, route.path]
         assert operation.get("x-scope", []) == ([] if route.scope is None else route.scope.split("|"))
+        [row] = re.findall(
+            rf"^\| `{route.method} {re.escape(route.path)}` \|.*$", DOCUMENTATION, re.MULTILINE
+        )
+        for scope in operation.get("x-scope", []):
+            assert f"`{scope}`" in row
+        for method in re.findall(r"`((?:agents|events|chains|reports|verify)\.\w+)`", row):
+            documented.add(method)
         assert operation["security"] == ([] if route.scope is None else [{"key": []}])
+    client: Any = Kakunin(api_key="x")
+    assert documented == {
+        f"{name}.{method}"
+        for name, resource in vars(client).items() if not name.startswith("_")
+        for method, _ in inspect.getmembers(resource, inspect.iscoroutinefunction)
+    }  # fmt: skip
     named_ids = [operation["operationId"] for operation in described.values()]
     assert len(set(named_ids)) == len(named_ids)
     scopes = {scope for operation in described.values() for scope in operation.get("x-scope", [])}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -42,6 +43,8 @@ class Settings:
 
     :param dsn: of its login.
     :param keys: where agents' keys are; ``ca_keys`` authorities', if elsewhere. Without, nothing is signed.
+    :param operator: the role that suspends, revokes and halts: kakunin_operator, or one that was granted
+        that alone (docs/api.md).
     :param permits: actions that it certifies at most, ``prefix:*`` for all below it and ``*`` for any. What
         agents ask for is in the database, where a registrar may write it, so that alone decides nothing.
     :param lifetime: of certificates.
@@ -55,6 +58,7 @@ class Settings:
     keys: KeyStore | str | None = field(default=None, repr=False)
     ca_keys: KeyStore | str | None = field(default=None, repr=False)
     crl_url: str | None = None
+    operator: str = "kakunin_operator"
     permits: Sequence[str] = ()
     lifetime: dt.timedelta = dt.timedelta(days=90)
     timeout: float = 5.0
@@ -83,7 +87,9 @@ class Backend:
         timeout = int(self.settings.timeout * 1000)
 
         async def opened(role: Role) -> AsyncConnectionPool[Any]:
-            options = f"{given} -c role=kakunin_{role} -c statement_timeout={timeout}".strip()
+            # Backslashes quote blanks within options.
+            name = re.sub(r"([\\\s])", r"\\\1", self.name(role))
+            options = f"{given} -c role={name} -c statement_timeout={timeout}".strip()
             pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
                 conninfo.make_conninfo(dsn, options=options),
                 kwargs={"autocommit": True, "prepare_threshold": None},
@@ -107,14 +113,18 @@ class Backend:
                     timeout=self.settings.timeout,
                 )
 
+    def name(self, role: Role) -> str:
+        return self.settings.operator if role == "operator" else f"kakunin_{role}"
+
     async def check(self) -> tuple[str, set[str]]:
         """The DSN, and the roles that its login holds. Raises as open()."""
         dsn = lasting(self.settings.dsn, application_name="kakunin-db serve")
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
             rows = await connection.execute(
-                "select r.role from unnest(%s::text[]) r(role)"
-                " where pg_has_role(session_user, 'kakunin_' || r.role, 'member')",
-                [list(ROLES)],
+                "select r.role from unnest(%s::text[], %s::text[]) r(role, name)"
+                " where to_regrole(quote_ident(r.name)) is not null"
+                "   and pg_has_role(session_user, r.name, 'member')",
+                [list(ROLES), [self.name(role) for role in ROLES]],
             )
             held = {row[0] for row in await rows.fetchall()}
         if "gateway" not in held:
@@ -146,8 +156,8 @@ class Backend:
         pool = self._pools.get(role)
         if pool is None:
             raise RoleMissingError(
-                f"this server may not: its login does not hold kakunin_{role}",
-                f"Where it should: grant kakunin_{role} to its login, and start it again.",
+                f"this server may not: its login does not hold {self.name(role)}",
+                f"Where it should: grant {self.name(role)} to its login, and start it again.",
             )
         return pool
 

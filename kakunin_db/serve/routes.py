@@ -280,6 +280,7 @@ def _status(status: str | None) -> m.CertificateStatus | None:
 async def certify(call: Call) -> Any:
     """Make a key for the agent and a certificate for it."""
     asked: m.Certify = call.asked
+    _signing(call)
     found = await call.agent()
     agent = found.agent
     if agent.suspended_at is not None:
@@ -312,6 +313,11 @@ async def certify(call: Call) -> Any:
         agent, permitted_actions=actions, financial_scope=scope, lifetime=settings.lifetime
     )
     return _certificate(certificate)
+
+
+def _signing(call: Call) -> None:
+    if call.backend.settings.keys is None:
+        raise ProblemError(403, "this server may not: it has no key store")
 
 
 def _covered(action: str, permitted: Any) -> bool:
@@ -347,6 +353,7 @@ async def get_certificate(call: Call) -> Any:
 )  # fmt: skip
 async def sign(call: Call) -> Any:
     """Sign a message with the agent's key: its canonical JSON (RFC 8785)."""
+    _signing(call)
     found = await call.agent()
     signed = await call.backend.client("auditor").agents.sign(found.agent.agent_id, call.asked.payload)
     return m.SignResult(
