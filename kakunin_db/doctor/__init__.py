@@ -132,8 +132,13 @@ def examine(
                 not_checked.append(NotChecked(check.id, why))
         not_checked += [NotChecked(id_, needs) for id_, needs in facts.unseen]
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.id, f.object))
-    kept = [f for f in findings if not {f.id, f"{f.id}={f.object}"} & set(ignore)]
-    matched = {f.id for f in findings} | {f"{f.id}={f.object}" for f in findings}
+    kept: list[Finding] = []
+    ignored: list[Finding] = []
+    matched: set[str] = set()
+    for finding in findings:
+        names = {finding.id, f"{finding.id}={finding.object}"} & set(ignore)
+        (ignored if names else kept).append(finding)
+        matched |= names
     return Report(
         database=facts.database,
         server_version=facts.server_version,
@@ -141,7 +146,7 @@ def examine(
         checked_at=dt.datetime.now(dt.timezone.utc),
         findings=kept,
         not_checked=not_checked,
-        ignored=[f for f in findings if f not in kept],
+        ignored=ignored,
         unmatched=[entry for entry in ignore if entry not in matched],
     )
 
@@ -155,7 +160,9 @@ def _attempt(
             return run(), None
     except psycopg.errors.LockNotAvailable:
         return [], "a lock that another session holds on a table or view to be let go of"
-    except psycopg.errors.InsufficientPrivilege as error:
-        return [], f"more rights: {error.diag.message_primary}"
     except psycopg.errors.QueryCanceled:
         return [], "more than the 60 s that a check is given"
+    except psycopg.Error as error:
+        if connection.closed:
+            raise
+        return [], f"an answer other than {error.diag.message_primary or error} ({error.sqlstate})"
