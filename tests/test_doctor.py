@@ -963,8 +963,8 @@ def test_nothing_of_an_agents_is_run(kit: Database) -> None:
             agent.execute(f"create table evil.{table} (oid oid)".encode())
         agent.execute(f"create function evil.f(text) returns text {boom}".encode())
         agent.execute(
-            "create table evil.t (permitted_agent_serial text, a text default evil.f(), check (evil.f() ="
-            " 'x'))"
+            "create table evil.t (permitted_agent_serial text, a text default evil.f('x'),"
+            " check (evil.f(a) = 'x'))"
         )
         agent.execute("create index on evil.t ((evil.f(a)))")
         agent.execute("create view evil.v as select evil.f(a), * from evil.t")
@@ -1019,22 +1019,25 @@ def test_schemas_of_the_kits_names_by_somebody_else(cluster: Cluster) -> None:
             admin.execute(f"drop database {name} with (force)")
 
 
-def test_a_lock_stops_one_check_and_no_more(kit: Database) -> None:
+def test_a_lock_hides_nothing_unsaid(kit: Database) -> None:
     run(kit, VAULT.format(t="vault"))
     run(
         kit,
         "create policy p on vault for select using (content = 'x'); create view v as select * from vault;"
         " grant select on v to public",
     )
+    run(
+        kit,
+        "create policy r on vault as restrictive for insert with check ((select"
+        " kakunin.require_risk_below()))",
+    )
     assert {"policy-unbound", "view-without-invoker"} <= {f.id for f in look(kit).findings}
+    assert look(kit).not_checked == []
     with kit.connect("agent_1") as agent:
         agent.execute("lock table vault in access exclusive mode")
         report = look(kit)
-    assert "view-without-invoker" in {f.id for f in report.findings}
-    if kit.cluster.major >= 17:  # where an expression is read with a lock on its table
-        assert "policy-unbound" in {n.id for n in report.not_checked}
-    else:
-        assert "policy-unbound" in {f.id for f in report.findings}
+    assert {"policy-unbound", "view-without-invoker"} <= {f.id for f in report.findings}
+    assert "a lock" in {n.id: n.needs for n in report.not_checked}["policy-observes"]
 
 
 def test_ten_thousand_tables_in_seconds(kit: Database) -> None:

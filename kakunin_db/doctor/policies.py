@@ -3,10 +3,13 @@ nor a string in them can pass for a call; only what mends one is written from it
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
+
+import psycopg
 
 from .facts import Facts
 from .findings import Finding
@@ -59,10 +62,17 @@ def calls(tree: str) -> list[Call]:
     return found
 
 
+def _constant(tree: str) -> bool | None:
+    """What an expression that is a constant says."""
+    found = re.fullmatch(r"\{CONST .*:constvalue 1 \[ ([01]) .*\}", tree, re.DOTALL)
+    return found[1] == "1" if found and tree.count("{") == 1 else None
+
+
 class _Policies:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self.all = facts.rows("policies")
+        self._texts: dict[int, dict[str, str | None] | None] = {}
         self.settings = {row["oid"] for row in facts.rows("settings")}
         for policy in self.all:
             policy["qual_calls"], policy["check_calls"] = calls(policy["qual"]), calls(policy["check"])
@@ -89,18 +99,25 @@ class _Policies:
         return guessed
 
     def rewritten(self, policy: dict[str, Any], change: Callable[[str], str]) -> str | None:
-        """What gives the policy its expressions anew; None where nothing changes."""
-        row = self.facts.rows("expressions", policy=[policy["oid"]])[0]
+        """What gives the policy its expressions anew; None where nothing changes, or they cannot be read."""
+        texts = self.texts(policy) or {}
         clauses = "".join(
-            f" {clause} ({change(row[which])})"
+            f" {clause} ({change(text)})"
             for clause, which in (("using", "qual"), ("with check", "check"))
-            if row[which] is not None and change(row[which]) != row[which]
+            if (text := texts.get(which)) is not None and change(text) != text
         )
         return f"alter policy {policy['ident']} on {policy['table']}{clauses};" if clauses else None
 
-    def text(self, policy: dict[str, Any]) -> list[str]:
-        row = self.facts.rows("expressions", policy=[policy["oid"]])[0]
-        return [text for text in row.values() if text is not None]
+    def texts(self, policy: dict[str, Any]) -> dict[str, str | None] | None:
+        """The expressions as SQL; None while another session, an agent's perhaps, has a lock on the table."""
+        if policy["oid"] not in self._texts:
+            text = None
+            with contextlib.suppress(psycopg.errors.LockNotAvailable), self.facts.connection.transaction():
+                text = next(iter(self.facts.rows("expressions", policy=[policy["oid"]])), None)
+            if text is None:  # however many are locked
+                self.facts.connection.execute("set local lock_timeout = '10ms'")
+            self._texts[policy["oid"]] = text
+        return self._texts[policy["oid"]]
 
 
 def _read(facts: Facts) -> _Policies:
@@ -168,13 +185,13 @@ def unbound(facts: Facts) -> list[Finding]:
             or policies.reads(policy)
         ):
             continue
-        texts = policies.text(policy)
-        if all(text == "false" for text in texts):
+        constants = [_constant(policy[which]) for which in ("qual", "check") if policy[which]]
+        if constants and not any(c is not False for c in constants):
             continue
         found.append(
             Finding(
                 "policy-unbound",
-                "critical" if "true" in texts else "warning",
+                "critical" if True in constants else "warning",
                 _object(policy),
                 "it lets agents through beside what asks who is bound, and policies are joined by OR",
                 f"drop policy {policy['ident']} on {policy['table']};",
@@ -190,7 +207,7 @@ def per_row(facts: Facts) -> list[Finding]:
         if policy["relid"] not in facts.tables:
             continue
         names, opaque = set(), set()
-        for call in policy["qual_calls"] + policy["check_calls"]:
+        for number, call in enumerate(policy["qual_calls"] + policy["check_calls"]):
             function = policies.functions.get(call.function)
             if function is None or call.once:
                 continue
@@ -202,7 +219,11 @@ def per_row(facts: Facts) -> list[Finding]:
                     or (function["schema"] != "pg_catalog" and function["volatility"] == "s")
                 ):
                     names.add(function["name"])
-            elif call in policy["qual_calls"] and function["schema"] != "pg_catalog" and function["opaque"]:
+            elif (
+                number < len(policy["qual_calls"])
+                and function["schema"] != "pg_catalog"
+                and function["opaque"]
+            ):
                 opaque.add(function["name"])
         if names:
             said = ", ".join(sorted(f"{name}()" for name in names))
@@ -214,6 +235,7 @@ def per_row(facts: Facts) -> list[Finding]:
                     _object(policy),
                     f"it calls {said} for every row, and (select ...) calls it once",
                     sql,
+                    None if sql else f"write (select ...) around {said}",
                 )
             )
         if opaque:
@@ -243,8 +265,12 @@ def observing(facts: Facts) -> list[Finding]:
             if (f := policies.functions.get(c.function))
             and f["name"] in ("kakunin.require_spend", "kakunin.require_risk_below")
         }
-        sql = policies.rewritten(policy, lambda text, names=names: _enforced(text, names)) if names else None  # type: ignore[misc]
-        if sql is not None:
+        if not names:
+            continue
+        sql = policies.rewritten(policy, lambda text, names=names: _enforced(text, names))  # type: ignore[misc]
+        if policies.texts(policy) is None:
+            facts.unseen.append(("policy-observes", f"a lock on {policy['table']} to be let go of"))
+        elif sql is not None:
             found.append(
                 Finding(
                     "policy-observes",

@@ -1,7 +1,6 @@
 -- An owner switches row security off, replaces the function that a policy calls, and reads past policies.
 with safe as (select quote_ident(pg_get_userbyid(({safe_owner})[1])) as owner)
-select case when c.relowner = any ({agents_reach}) then 'critical' when c.relforcerowsecurity then 'notice' else 'critical' end as severity,
-       'table ' || c.oid::regclass as object,
+select 'critical' as severity, 'table ' || c.oid::regclass as object,
        format('its owner %I is, or can be become by, a login that works for agents: policies do not bind an owner%s',
          pg_get_userbyid(c.relowner), case when c.relforcerowsecurity then ' who switches them off' else '' end) as reason,
        case when c.relowner = any ({agents_reach}) then format('alter table %s owner to %s;', c.oid::regclass, safe.owner)
