@@ -94,6 +94,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     Check("schema-create", "warning", "agents may create in a schema or the database"),
     Check("agent-setting", "warning", "a login of agents' begins its sessions with settings of its own"),
     Check("agent-connections", "notice", "a login of agents' has no connection limit"),
+    Check("registrar-timeout", "notice", "a registrar's login may leave transactions open"),
     Check("kit-privilege", "critical", "others than the kit may use what is the kit's own"),
     # PostgREST
     Check(

@@ -75,10 +75,12 @@ class Facts:
     memberships: list[Membership] = field(default_factory=list)
     tables: dict[int, Table] = field(default_factory=dict)
     views: list[int] = field(default_factory=list)
-    # Logins that hold kakunin_agent, those that hold kakunin_gateway, and those PostgREST connects as.
+    # Logins that hold kakunin_agent, that hold kakunin_gateway, that PostgREST connects as, and that hold
+    # kakunin_registrar.
     agents: set[int] = field(default_factory=set)
     gateways: set[int] = field(default_factory=set)
     postgrest: set[int] = field(default_factory=set)
+    registrars: set[int] = field(default_factory=set)
     # What each of these can become, themselves included; 0 is PUBLIC.
     agents_reach: set[int] = field(default_factory=set)
     reach: set[int] = field(default_factory=set)
@@ -139,6 +141,7 @@ class Facts:
             "views": self.views,
             "agents": self.agents,
             "postgrest": self.postgrest,
+            "registrars": self.registrars,
             "agents_reach": self.agents_reach,
             "reach": self.reach,
             "safe_owner": [self.safe_owner()],
@@ -235,6 +238,7 @@ class Facts:
                 )
                 for oid in sorted(self.postgrest & agents)
             ]
+        self.registrars = self._holders("kakunin_registrar")
         self.agents = agents - self.postgrest
         self.gateways = gateways - self.postgrest
         kit = {oid for oid, role in self.roles.items() if role.name in ("kakunin_agent", "kakunin_gateway")}
