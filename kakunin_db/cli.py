@@ -19,6 +19,7 @@ from . import (
     audit_commands,
     commands,
     database_commands,
+    doctor_commands,
     export_commands,
     mcp_commands,
     serve_commands,
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     _export_commands(_group(groups, "export", "the kit as files that others apply"))
     _mcp_command(groups)
     _serve_commands(groups)
+    _doctor_command(groups)
     demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
     demo.add_argument(
         "--serve",
@@ -799,6 +801,44 @@ def _key_commands(groups: Any) -> None:
     _add(group, "list", serve_commands.list_keys, "list the keys", role=operator)
     command = _add(group, "revoke", serve_commands.revoke_key, "end a key for good", role=operator)
     command.add_argument("key_id", metavar="KEY_ID", type=_api_key_id)
+
+
+def _doctor_command(groups: Any) -> None:
+    command = _add(
+        groups,
+        "doctor",
+        doctor_commands.doctor,
+        "read a live database and say what to mend; exit status 3 after a warning, 4 after worse",
+        role="kakunin_auditor",
+        needs="nothing",
+    )
+    command.add_argument("--dsn", default=os.environ.get("KAKUNIN_DSN"), help="default $KAKUNIN_DSN")
+    command.add_argument(
+        "--ignore",
+        metavar="ID[=OBJECT]",
+        action="append",
+        default=[],
+        help="leave out what a check finds, or what it finds about this object; repeatable",
+    )
+    command.add_argument(
+        "--fail-on",
+        choices=("critical", "warning", "notice", "never"),
+        default="warning",
+        help="the mildest that is not exit status 0; after a notice it is 5; default: %(default)s",
+    )
+    command.add_argument(
+        "--complete", action="store_true", help="what could not be checked counts as a warning"
+    )
+    command.add_argument(
+        "--max-lag", metavar="SECONDS", type=_seconds(0, 86400), default=30.0, help="default: %(default)g"
+    )
+    command.add_argument(
+        "--max-skew",
+        metavar="SECONDS",
+        type=_seconds(0, 3600),
+        default=5.0,
+        help="of clocks; default: %(default)g",
+    )
 
 
 def _add_endpoint(command: argparse.ArgumentParser) -> None:
