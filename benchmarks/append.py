@@ -28,6 +28,7 @@ import psycopg
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
 from ledger import ENTRY, METADATA, fill, prepare
+from results import record
 
 REPEATS = 300
 
@@ -107,8 +108,15 @@ def main() -> None:
         for name, found in taken.items():
             ratio = statistics.median(a / b for a, b in zip(found, taken["plain"], strict=True))
             print(f"  {name:<18} {statistics.median(found):>7.1f} us   {ratio:>5.2f} of plain")
+            record(
+                f"{name}, CPU time of the backend",
+                f"{statistics.median(found):.0f} µs",
+                "" if name == "plain" else "plain",
+                None if name == "plain" else ratio,
+            )
         first, last = (taken[f"scored, {size}"] for size in (sizes[0], sizes[-1]))
         growth = statistics.median(b / a for a, b in zip(first, last, strict=True))
+        record(f"an append with {sizes[-1]:,} events behind it", "", f"with {sizes[0]:,}", growth)
         print(f"\n  with {sizes[-1]} events behind it, against {sizes[0]}: {growth:.2f}")
     finally:
         cluster.destroy()

@@ -25,6 +25,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
+from results import record
 
 from kakunin_db import AsyncCertificateCache, CertificateAuthority, CertificateCache, LocalSigner
 from kakunin_db.migrate import migrate
@@ -95,6 +96,7 @@ def show(name: str, delays: list[float]) -> None:
     ranked = sorted(delays)
     points = [(p, ranked[min(len(ranked) - 1, int(len(ranked) * p / 100))]) for p in (50, 90, 99)]
     text = "  ".join(f"p{p} {value * 1e3:7.2f} ms" for p, value in points)
+    record(f"{name}, 99th percentile", f"{points[-1][1] * 1e3:.1f} ms")
     print(f"{name:<28} n={len(ranked)}  {text}  max {ranked[-1] * 1e3:7.2f} ms")
 
 
@@ -124,6 +126,7 @@ async def run(cluster: Cluster, count: int) -> None:
         asked = statistics.median(
             timed(lambda: connection.execute(query, [serials[-1]]).fetchone(), 500) for _ in range(5)
         )
+    record("a kept answer", f"{kept * 1e6:.1f} µs", "the query", kept / asked)
     print(f"a kept answer {kept * 1e6:.1f} us, against {asked * 1e6:.0f} us for the query")
     assert process.stdin
     process.stdin.close()

@@ -39,6 +39,7 @@ from cryptography.hazmat.primitives import serialization
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
+from results import record
 
 from kakunin_db import AgentCredential, CertificateAuthority, LocalSigner
 from kakunin_db.ledger.worker import Settings, Worker
@@ -212,6 +213,17 @@ def compare(cluster: Cluster, options: argparse.Namespace) -> None:
                 against = rates["plain, bound" if name.endswith("bound") else "plain"]
                 ratio = statistics.median(a / b for a, b in zip(found, against, strict=True))
                 print(f"  {name:<14} {statistics.median(found):>8.0f}/s   {ratio:.2f}")
+                record(
+                    f"{name}, {count} client{'s' if count > 1 else ''}",
+                    f"{statistics.median(found):,.0f}/s",
+                    "" if found is against else "plain, bound" if name.endswith("bound") else "plain",
+                    None if found is against else ratio,
+                )
+            record(
+                f"entries a signature, {count} clients",
+                f"{(after[0] - before[0]) / max(after[1] - before[1], 1):.0f}",
+            )
+            record(f"longest without a signature, {count} clients", f"{lag:.2f} s")
             print(
                 f"  {(after[0] - before[0]) / max(after[1] - before[1], 1):.0f} entries a signature,"
                 f" none without one for longer than {lag:.2f} s"
@@ -242,8 +254,14 @@ def grow(cluster: Cluster, sizes: list[int]) -> None:
         (size,) = admin.execute("select tree_size from kakunin_private.tree").fetchone()
         for goal in sizes:
             while size < goal:
-                count = min(20_000, goal - size)
-                fill(admin, uuid.UUID(int=2), ":".join(["3A"] * 16), count)
+                count = min(100_000, goal - size)
+                # Put there directly, or it would be hours: as large as any other, and sealed as well.
+                admin.execute(
+                    "insert into kakunin_private.ledger (event_id, recorded_at, agent_id, xid, entry)"
+                    " select nextval('kakunin_private.event_ids'), clock_timestamp(), %s,"
+                    " pg_current_xact_id(), %s || g from generate_series(1, %s) g",
+                    [uuid.UUID(int=2), ENTRY, count],
+                )
                 admin.execute("select kakunin.seal_ledger()")
                 size += count
             admin.execute("analyze kakunin_private.ledger")

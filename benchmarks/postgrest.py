@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, server_major
 from postgrest_server import PostgREST
+from results import record
 
 from kakunin_db import CertificateAuthority, LocalSigner
 from kakunin_db.migrate import migrate
@@ -171,6 +172,16 @@ def main() -> None:
                 for name, taken in times.items():
                     middle, rate = statistics.median(taken), statistics.median(rounds[name])
                     high = sorted(taken)[len(taken) * 95 // 100]
+                    if name != "article":
+                        what = {"kit": "protect(), with the hook", "without hook": "protect()"}.get(
+                            name, name
+                        )
+                        record(
+                            f"{kind}, {what}",
+                            f"{middle * 1e3:.2f} ms",
+                            "the article's policy",
+                            middle / base[0],
+                        )
                     print(
                         f"{name:<14}{middle * 1e3:>7.2f} ms{high * 1e3:>7.2f} ms{middle / base[0]:>8.2f}"
                         f"{rate:>14.0f}{rate / base[1]:>8.2f}"

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import psycopg
 import traffic
 from cluster import Cluster, binaries, server_major
+from results import record
 from traffic import ATTACKS, DAY, HOUR, KINDS, START, WEEK, Agent, Event
 
 from kakunin_db.migrate import migrate
@@ -325,6 +326,7 @@ def report(
         count = sum(len(found) for found in said)
         kinds = Counter(agent.kind.name for agent, found in zip(fleet, said, strict=True) for _ in found)
         revoked = sum(f.revoked for found in said for f in found) if name in ("kit", "thresholds") else "-"
+        record(f"{name}: benign agents revoked in {months:.0f} agent-months; high", f"{revoked}; {count}")
         print(
             f"{name:12} {count:>6} {count / months:>8.3f} {sum(map(bool, said)):>15} {revoked:>8}   "
             + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
@@ -338,8 +340,9 @@ def report(
         _, kinds, watched = ATTACKS[attack]
         print(f"\n{attack}: {len(agents)} agents; found out, median time, 90 %, attack events; by chance")
 
-        def line(name: str, found: str, chance: str = "") -> None:
+        def line(name: str, found: str, chance: str = "", attack: str = attack) -> None:
             print(f"  {name:14} {found:34} {chance:>6}")
+            record(f"{attack}, {name}: found out, median time, 90 %, attack events", found)
 
         line("kit, high", detected(agents, said, False), by_chance(fleet, benign, kinds, watched))
         line("kit, revoked", detected(agents, said, True))

@@ -30,6 +30,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cluster import Cluster, binaries, far_away, server_major
+from results import record
 
 from kakunin_db import AgentCredential, CertificateAuthority, LocalSigner, bind_agent_session
 from kakunin_db.migrate import migrate
@@ -46,8 +47,9 @@ def timed(action: Callable[[], Any]) -> float:
 
 def compare(
     name: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int, each: int = 1
-) -> None:
-    """Runs both in turn and prints their medians and the ratio of each pair."""
+) -> tuple[float, float]:
+    """Runs both in turn and prints their medians and the ratio of each pair; returns the median of ours, in
+    seconds, and of the ratios."""
     a: list[float] = []
     b: list[float] = []
     for _ in range(rounds + rounds // 10):
@@ -60,6 +62,7 @@ def compare(
         f"{name:<46} {statistics.median(a) * 1e6:>10.0f} {statistics.median(b) * 1e6:>10.0f}"
         f"   {statistics.median(ratios):.2f}  ({low:.2f} to {high:.2f})"
     )
+    return statistics.median(a), statistics.median(ratios)
 
 
 def prepare(cluster: Cluster) -> AgentCredential:
@@ -134,7 +137,13 @@ def python_api(name: str, dsn: str, credential: AgentCredential) -> None:
             plain.execute(query.format("by_setting")).fetchall()
             plain.commit()
 
-        compare(name, bound, setting, 200, 5)
+        median, ratio = compare(name, bound, setting, 200, 5)
+        record(
+            name.split(",", maxsplit=1)[0],
+            f"{median * 1e6:.0f} µs",
+            "set_config() and a policy that reads it",
+            ratio,
+        )
 
 
 def measure(cluster: Cluster, credential: AgentCredential) -> None:
@@ -160,12 +169,18 @@ def measure(cluster: Cluster, credential: AgentCredential) -> None:
             c.execute("select payload from by_setting where id = 200").fetchall()
             c.execute("commit")
 
-        compare("transaction, against set_config", bound, setting, 300, 5)
+        median, ratio = compare("transaction, against set_config", bound, setting, 300, 5)
+        record(
+            "bound transaction, one indexed query, in SQL",
+            f"{median * 1e6:.0f} µs",
+            "set_config() and a policy that reads it",
+            ratio,
+        )
 
         python_api("bind_agent_session, against set_config", cluster.dsn(user="agent"), credential)
         with far_away(cluster.port, 0.0005) as port:
             away = f"host=127.0.0.1 port={port} dbname=postgres user=agent"
-            python_api("the same, 0.5 ms away", away, credential)
+            python_api("the same with the server 0.5 ms away", away, credential)
 
         # One transaction for the scans, so that binding is not in them; no index, no parallel workers.
         c.execute("set enable_indexscan = off; set enable_bitmapscan = off; set enable_indexonlyscan = off")
@@ -177,11 +192,18 @@ def measure(cluster: Cluster, credential: AgentCredential) -> None:
                 return lambda: c.execute(f"select count(payload) from {table} {where}").fetchone()
 
             where = scan("plain", f"where permitted_agent_serial = '{serial}'")
-            compare("scan, against a hand-written where", scan("protected"), where, 40)
-            compare("scan, against the article's policy", scan("protected"), scan("by_claims"), 20)
+            median, ratio = compare("scan, against a hand-written where", scan("protected"), where, 40)
+            record(f"scan of {ROWS:,} rows", f"{median * 1e3:.1f} ms", "a hand-written where", ratio)
+            median, ratio = compare(
+                "scan, against the article's policy", scan("protected"), scan("by_claims"), 20
+            )
+            record("the same", f"{median * 1e3:.1f} ms", "the article's policy", ratio)
 
         times = [timed(open_session) for _ in range(len(assertions))]
         print(f"{'open_session':<46} {statistics.median(times) * 1e6:>10.0f}")
+        record(
+            "open_session(), RSA-2048 signature check included", f"{statistics.median(times) * 1e3:.2f} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from results import record
 
 from kakunin_db import CertificateAuthority, LocalSigner
 from kakunin_db.ledger import (
@@ -69,7 +70,8 @@ def write(path: Path, entries: int) -> CertificateAuthority:
                     f'"recorded_at":"2026-11-23T08:15:00.{i % 1000000:06}Z","event_type":"data_access",'
                     f'"agent_id":"{agent_id}","serial":"{serial}","login":"agent_1","session_id":null,'
                     f'"chain":{i % CHAINS + 1},"sequence":{i // CHAINS + 1},"prev":"{prev[i % CHAINS]}",'
-                    f'"metadata":{{"rows": {i % 97}, "table": "orders"}}}}'
+                    '"risk":{"band": "low", "score": 0.1000, "factors": {}, "agent_band": "low",'
+                    f' "agent_score": 0.0000}},"metadata":{{"rows": {i % 97}, "table": "orders"}}}}'
                 ).encode()
                 digest = hashlib.sha256(b"\0" + entry)
                 prev[i % CHAINS] = digest.hexdigest()
@@ -108,6 +110,10 @@ def measure(bundle: Path, root: Path) -> None:
     if not report.ok:
         raise SystemExit(f"it does not verify: {report.findings[0]}")
     size = bundle.stat().st_size / report.entries
+    record(
+        f"entries of an exported bundle of {report.entries:,} a CPU second", f"{report.entries / cpu:,.0f}"
+    )
+    record("... memory, above what the process had", f"{(memory() - before) / 2**20:.0f} MiB")
     print(
         f"{report.entries:>10} {size:>8.0f} {report.heads:>6} {report.entries / cpu:>14.0f}"
         f" {report.entries / clock:>16.0f} {before / 2**20:>10.1f} {memory() / 2**20:>10.1f}"

@@ -1,6 +1,7 @@
 """What the commands about the ledger do and print: ``audit``, ``worker`` and ``health``.
 
-What reads the ledger out of a database puts that on record first, in the ledger.
+What reads the ledger out of a database puts that on record first, in the ledger; but not where it is only
+replicated, because there nothing can be, or may be, added to it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .commands import Refused, _answer, _answer_rows, _client, _note, _read, _shown, checked_dsn
 from .errors import BadInputError, KakuninError, LedgerIntegrityError
+from .logs import counted
 
 if TYPE_CHECKING:
     import psycopg
@@ -46,8 +48,21 @@ def _connected(
         options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
     ) as connection:
         connection.execute("set jit = off")  # compiling takes longer than what is read here
-        connection.execute("select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})])
+        if _is_replica(connection):
+            _note("this is a replica, where nobody can put it on record that the ledger was read")
+        else:
+            connection.execute(
+                "select kakunin.record_read(%s, %s::jsonb)", [command, json.dumps(details or {})]
+            )
         yield connection
+
+
+def _is_replica(connection: psycopg.Connection[Any]) -> bool:
+    """A standby, or a database to which the ledger was copied or is replicated; no session can set that."""
+    row = connection.execute(
+        "select pg_is_in_recovery() or (kakunin.ledger_home() -> 'moved')::boolean"
+    ).fetchone()
+    return bool(row and row[0])
 
 
 @contextlib.contextmanager
@@ -222,7 +237,7 @@ def _verify_database(options: argparse.Namespace) -> int:
         with _progress("verifying", size[0] if size else None) as advance:
             report, unsealed = verify_database(connection, roots, witnesses=witnesses, progress=advance)
     if unsealed:
-        _note(f"{unsealed} entries are not signed yet")
+        _note(f"not signed yet: {counted(unsealed)}")
     return _reported(options, report)
 
 
@@ -248,7 +263,7 @@ def _reported(options: argparse.Namespace, report: Report) -> int:
             ("tree_size", report.tree_size),
             ("tree_heads", report.heads),
             ("signed", signed),
-            ("not here", f"{report.archived} entries that were archived" if report.archived else None),
+            ("not here", f"{counted(report.archived)}, archived" if report.archived else None),
             ("problems", report.count or None),
             *(("wrong", f"{f.kind}: {f.message}") for f in report.findings[:20]),
         ],
@@ -293,7 +308,8 @@ def export(options: argparse.Namespace) -> int:
             if options.out != "-":
                 os.fsync(file.fileno())
         digest = target.sha256.hexdigest()
-        connection.execute("select kakunin.record_export(%s, %s, %s)", [size, options.start, digest])
+        if not _is_replica(connection):
+            connection.execute("select kakunin.record_export(%s, %s, %s)", [size, options.start, digest])
     if options.out != "-":
         _answer(
             options,
@@ -403,7 +419,7 @@ def health(options: argparse.Namespace) -> int:
     wrong = []
     if status.lag_seconds > options.max_lag:
         wrong.append(
-            f"{status.lag_entries} entries wait for a signature, the oldest for {status.lag_seconds:.0f} s"
+            f"without a signature: {counted(status.lag_entries)}, the oldest for {status.lag_seconds:.0f} s"
         )
     if status.leader is None:
         wrong.append("no worker leads: is kakunin-db worker running?")
@@ -426,7 +442,7 @@ def health(options: argparse.Namespace) -> int:
             ("problem", wrong),
             ("entries", status.tree_size),
             ("signed", status.signed_size),
-            ("lag", f"{status.lag_entries} entries, {status.lag_seconds:.1f} s"),
+            ("lag", f"{counted(status.lag_entries)}, {status.lag_seconds:.1f} s"),
             ("last signed", status.last_signed_at),
             ("leader", status.leader),
             ("exported", status.exported_size),

@@ -46,9 +46,26 @@ _ACTION = re.compile(r"[A-Za-z0-9_.:/-]{1,128}|[A-Za-z0-9_.:/-]{1,126}:\*")
 _RECEIPT = {
     "agent_id", "certificates", "halt_id", "halted_at", "halted_by", "installation", "reason", "type"
 }  # fmt: skip
+# What is enforced (docs/risk.md), and so all that a financial scope may have: no other name limits anything.
+_LIMITS = (
+    "max_single_trade_usd", "daily_limit_usd", "leverage_permitted", "max_leverage_ratio", "permitted_venues",
+    "permitted_instruments",
+)  # fmt: skip
 _MAX_SIZE = 16384
 # The CA's and the database's clocks may differ a little; a certificate is good from just before now.
 _BACKDATE = dt.timedelta(minutes=5)
+
+
+def _scope(scope: Mapping[str, Any]) -> str:
+    text = canonical_json(scope).decode()
+    if re.search(r"(?<!\\)(\\\\)*\\u0000", text):
+        raise BadInputError("the financial scope has a zero character in it, which no database holds")
+    if unknown := [str(name) for name in scope if name not in _LIMITS]:
+        raise BadInputError(
+            f"the financial scope has what nothing enforces: {', '.join(unknown)}",
+            f"It may have {', '.join(_LIMITS)}.",
+        )
+    return text
 
 
 def agent_urn(agent_id: uuid.UUID) -> str:
@@ -304,7 +321,8 @@ class CertificateAuthority:
         (default: five minutes ago).
 
         :param model_hash: as compute_model_hash() gives it; needs ``model``.
-        :param financial_scope: a JSON object, written in canonical form (RFC 8785).
+        :param financial_scope: a JSON object with limits that are enforced (docs/risk.md) and nothing else,
+            written in canonical form (RFC 8785).
         :raises BadInputError: for what the database would not register.
         :raises SignerError: the authority's key could not sign.
         """
@@ -346,10 +364,7 @@ class CertificateAuthority:
         if tenant is not None:
             extensions[TENANT] = _utf8(_text("a tenant", tenant))
         if financial_scope is not None:
-            scope = canonical_json(financial_scope).decode()
-            if re.search(r"(?<!\\)(\\\\)*\\u0000", scope):
-                raise BadInputError("the financial scope has a zero character in it, which no database holds")
-            extensions[FINANCIAL_SCOPE] = _utf8(scope)
+            extensions[FINANCIAL_SCOPE] = _utf8(_scope(financial_scope))
         for oid, value in extensions.items():
             builder = builder.add_extension(x509.UnrecognizedExtension(oid, value), critical=False)
         issued = AgentCertificate(self._point_back(builder).sign(_SigningKey(self.signer), hashes.SHA256()))

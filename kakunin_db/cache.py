@@ -76,7 +76,8 @@ class _Flight(Generic[F]):
 
     def __init__(self, outcome: F) -> None:
         self.outcome = outcome
-        self.overtaken = False  # something was notified since it began
+        self.begun: int | None = None  # how much had been heard; None where nothing was listened to
+        self.overtaken = False  # its answer's agent, or everybody, was notified since it began
 
 
 class _Answers(Generic[F]):
@@ -90,6 +91,9 @@ class _Answers(Generic[F]):
         self._kept: OrderedDict[str, tuple[CertificateVerification, float]] = OrderedDict()
         self._serials: dict[str, set[str]] = {}  # of an agent
         self._flights: dict[str, _Flight[F]] = {}
+        self._times = 0  # something was heard
+        self._last: OrderedDict[str, int] = OrderedDict()  # at which of them an agent was, bounded
+        self._last_of_all = 0  # and everybody, or one of whom that is not known any more
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -109,17 +113,23 @@ class _Answers(Generic[F]):
     def begin(self, serial: str, flight: _Flight[F]) -> _Flight[F]:
         """Makes it the query that others wait for, unless there is one already. Returns that one."""
         with self._lock:
-            return self._flights.setdefault(serial, flight) if self.listening else flight
+            if not self.listening:
+                return flight
+            flight.begun = self._times
+            return self._flights.setdefault(serial, flight)
 
     def land(
         self, serial: str, flight: _Flight[F], answer: CertificateVerification | None, until: float
     ) -> None:
-        """Keeps the answer, unless anything was notified since its query began; None for one that failed."""
+        """Keeps the answer, unless its agent was notified since its query began; None for one that failed."""
         with self._lock:
-            if self._flights.get(serial) is not flight:
+            if self._flights.get(serial) is flight:
+                del self._flights[serial]
+            if answer is None or flight.begun is None:
                 return
-            del self._flights[serial]
-            if answer is None or until <= time.monotonic():
+            last = max(self._last_of_all, self._last.get(str(answer.agent_id), 0))
+            flight.overtaken = flight.begun < last
+            if flight.overtaken or until <= time.monotonic():
                 return
             self._kept[serial] = answer, until
             if answer.agent_id is not None:
@@ -129,16 +139,21 @@ class _Answers(Generic[F]):
 
     def hear(self, payloads: Iterable[bytes]) -> None:
         """Drops what is kept of these agents, or everything where one of them is no agent's id. What is being
-        asked, of whatever agent that will turn out to be, is not kept, and nobody else waits for it."""
-        agents = set(payloads)
+        asked is not kept where it turns out to be of one of them; until then nobody else waits for it."""
+        heard = set(payloads)
         with self._lock:
-            self._overtake()
-            if all(_UUID.fullmatch(agent) for agent in agents):
-                for agent in agents:
-                    for serial in list(self._serials.get(agent.decode(), ())):
-                        self._drop(serial)
-            else:
+            if not all(_UUID.fullmatch(agent) for agent in heard):
                 self._clear()
+                return
+            self._times += 1
+            self._flights.clear()
+            for agent in map(bytes.decode, heard):
+                for serial in list(self._serials.get(agent, ())):
+                    self._drop(serial)
+                self._last[agent] = self._times
+                self._last.move_to_end(agent)
+            while len(self._last) > self.max_entries:
+                _, self._last_of_all = self._last.popitem(last=False)
 
     def listen(self, listening: bool) -> None:
         with self._lock:
@@ -146,13 +161,11 @@ class _Answers(Generic[F]):
             self._clear()
 
     def _clear(self) -> None:
+        self._times += 1
+        self._last_of_all = self._times
+        self._last.clear()
         self._kept.clear()
         self._serials.clear()
-        self._overtake()
-
-    def _overtake(self) -> None:
-        for flight in self._flights.values():
-            flight.overtaken = True
         self._flights.clear()
 
     def _drop(self, serial: str) -> None:

@@ -15,7 +15,15 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import audit_commands, commands, export_commands, mcp_commands, serve_commands, webhook_commands
+from . import (
+    audit_commands,
+    commands,
+    database_commands,
+    export_commands,
+    mcp_commands,
+    serve_commands,
+    webhook_commands,
+)
 from .errors import BadInputError, KakuninError
 
 # Server states whose own message does not say what to do.
@@ -95,16 +103,35 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--sql", action="store_true", help="print the script for psql and touch no database"
         )
+    uninstall = _add(
+        groups,
+        "uninstall",
+        database_commands.uninstall,
+        "take policies and triggers off without opening a table, then remove the kit with all its data",
+        role=None,
+    )
+    uninstall.add_argument(
+        "--dry-run", action="store_true", help="print the script for psql and change nothing"
+    )
+    uninstall.add_argument(
+        "--without-export", action="store_true", help="although entries of the ledger are in no export"
+    )
     _authority_commands(_group(groups, "ca", "certificate authorities"))
     _agent_commands(_group(groups, "agent", "agents, their certificates, and taking them away"))
     _other_commands(groups)
     _audit_commands(_group(groups, "audit", "the ledger: its key, its proofs, reading it out"))
+    _recover_command(groups)
     _worker_commands(groups)
     _webhook_commands(_group(groups, "webhooks", "who is told what was decided"))
     _export_commands(_group(groups, "export", "the kit as files that others apply"))
     _mcp_command(groups)
     _serve_commands(groups)
     demo = groups.add_parser("demo", help="start a Postgres, show who sees what, and verify the ledger")
+    demo.add_argument(
+        "--serve",
+        action="store_true",
+        help="leave the server up, with its agents, and print an MCP client's configuration, until Ctrl-C",
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -123,10 +150,10 @@ def _add(
     do: Callable[[argparse.Namespace], int],
     text: str,
     *,
-    role: str = "kakunin_registrar",
+    role: str | None = "kakunin_registrar",
     needs: str = "a database",
 ) -> argparse.ArgumentParser:
-    """A command and what all have in common; ``role`` is the least that a login needs for it."""
+    """A command and what all have in common; ``role`` is what a login needs, None that it owns the kit."""
     command: argparse.ArgumentParser = parent.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
     )
@@ -513,6 +540,37 @@ def _audit_commands(group: Any) -> None:
     )
 
 
+def _recover_command(groups: Any) -> None:
+    command = _add(
+        groups,
+        "recover",
+        database_commands.recover,
+        "say whether this is where the ledger was sealed, and what is missing; after a restore, an upgrade or"
+        " a promotion, go on or begin a ledger of its own; exit status 1 where somebody has to decide",
+        role=None,
+    )
+    _add_witness(command, "where tree heads were kept; repeatable")
+    action = command.add_mutually_exclusive_group()
+    for name, text in (
+        ("continue", "the original is gone for good: this goes on as the same ledger"),
+        ("renew", "the original goes on elsewhere, or the end is lost: this becomes a ledger of its own"),
+    ):
+        action.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
+    command.add_argument(
+        "--without-witness",
+        action="store_true",
+        help="continue although no witness can tell whether the end is missing",
+    )
+    command.add_argument(
+        "--crl",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a revocation list that was published, PEM or DER: what it has and this database forgot is"
+        " revoked; repeatable",
+    )
+
+
 def _worker_commands(groups: Any) -> None:
     command = _add(
         groups,
@@ -788,7 +846,9 @@ def _add_out(command: argparse.ArgumentParser) -> None:
 
 
 def _identity(options: argparse.Namespace) -> int:
-    grant = f"Its login needs the role: grant {options.role} to <login>"
+    grant = (
+        f"Its login needs the role: grant {options.role} to <login>" if options.role else _REMEDIES["42501"]
+    )
     try:
         with _said_in_one_line({**_WITHOUT_KIT, "42501": grant}):
             status = commands.run(options)
@@ -1053,13 +1113,14 @@ def _migrations(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     try:
-        status: int | None = importlib.import_module("kakunin_db.demo").main()
+        status: int | None = importlib.import_module("kakunin_db.demo").main(serve=options.serve)
     except ImportError as error:
         # Its own extra's packages and psycopg's libpq; a name of ours that is missing is a bug.
         if (error.name or "").startswith("kakunin_db"):
             raise
         raise _Failed(
-            f"the demo needs {error.name or error}", "Run: pip install 'kakunin-db[demo]'"
+            f"the demo needs {error.name or error}",
+            f"Run: pip install 'kakunin-db[{'demo,mcp' if options.serve else 'demo'}]'",
         ) from error
     return status or 0
 

@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .errors import AgentSuspendedError, BadInputError, KakuninError
 
@@ -416,13 +417,13 @@ def _certificate_file(
 def _certified(
     options: argparse.Namespace, certificate: Certificate, write: Callable[[str], str | None]
 ) -> None:
-    written = None
+    written, signer = None, _signer_of(options.keys, certificate)
     try:
         written = write(certificate.pem)
     finally:
         _answer(
             options,
-            {**_plain(certificate), "written": written},
+            {**_plain(certificate), "signer": signer, "written": written},
             [
                 ("agent_id", certificate.agent_id),
                 ("serial", certificate.serial_number),
@@ -434,9 +435,24 @@ def _certified(
                 ("tenant", certificate.tenant),
                 ("issuer", certificate.issuer_key_id),
                 ("key", certificate.key_id),
+                ("signer", signer),
                 ("written", written),
             ],
         )
+
+
+def _signer_of(keys: str, certificate: Certificate) -> str | None:
+    """The URI of a key in a file, whose name nobody would guess. None for other stores."""
+    from cryptography import x509  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey  # noqa: PLC0415
+
+    from .signers import LocalKeys, open_keys  # noqa: PLC0415
+
+    store = open_keys(keys) if keys.startswith("file:") else None
+    public_key = x509.load_der_x509_certificate(certificate.der).public_key()
+    if not isinstance(store, LocalKeys) or not isinstance(public_key, RSAPublicKey):
+        return None
+    return "file:" + quote(str(store.path(public_key).absolute()))
 
 
 def _current(certificates: Iterable[Certificate]) -> list[Certificate]:
@@ -895,9 +911,9 @@ def model_hash(options: argparse.Namespace) -> int:
 
 
 def jwks(options: argparse.Namespace) -> int:
-    from .signers import open_signer  # noqa: PLC0415
+    from .signers import open_jwt_signer  # noqa: PLC0415
     from .tokens import jwks as jwk_set  # noqa: PLC0415
 
     # JSON with --json and without: there is no other form of it.
-    print(json.dumps(jwk_set([open_signer(uri).public_key() for uri in options.signers]), indent=2))
+    print(json.dumps(jwk_set([open_jwt_signer(uri).public_key() for uri in options.signers]), indent=2))
     return 0

@@ -1,16 +1,21 @@
 """The main job in one run: a server, the kit, three agents, row-level security, risk and the ledger.
 
 Starts a Postgres of its own in a temporary folder and takes it away again. Every claim it prints is
-checked as it is printed; one that does not hold ends the run with an error.
+checked as it is printed; one that does not hold ends the run with an error. Or it leaves the server up, with
+its agents as they are before the first attack, for an MCP client to drive one of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
+import secrets
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -41,7 +46,7 @@ from .ledger.export import bundle_lines
 from .ledger.worker import Settings, Worker
 from .migrate import migrate
 from .model_hash import compute_model_hash
-from .signers import KeyStore, KMSKeys, LocalKeys, LocalSigner
+from .signers import KeyStore, KMSKeys, LocalKeys, LocalSigner, subject_key_id
 
 _SETUP = """
 create table agent_vault (
@@ -132,6 +137,35 @@ class Demo:
             self.halt(kakunin, agents["borealis"])
             self.risk(agents["cassini"])
             self.ledger(kakunin)
+
+    def serve(self, password: str, stop: threading.Event) -> None:
+        """The same agents, for an MCP client to drive one of them; `password` opens their keys' files."""
+        self.install()
+        with Kakunin(f"{self.dsn} user=dba", keys=self.keys) as kakunin:
+            agents = self.certify(kakunin)
+        self.protect(agents)
+        atlas = agents["atlas"]
+        key = self.folder / "keys" / f"{subject_key_id(atlas.signer.public_key())}.pem"
+        configuration = {
+            "command": sys.executable,
+            "args": ["-m", "kakunin_db.cli", "mcp", "--sql"],
+            "env": {
+                "KAKUNIN_DSN": f"{self.dsn} user=atlas",
+                "KAKUNIN_CERT_SERIAL": atlas.serial,
+                "KAKUNIN_SIGNER": f"file:{key}",
+                "KAKUNIN_KEY_PASSWORD": password,
+                "KAKUNIN_INSTALLATION_ID": str(atlas.installation_id),
+            },
+        }
+        self.heading("5  An MCP client as atlas, with any SQL it likes. Its configuration:")
+        print(json.dumps({"mcpServers": {"kakunin-demo": configuration}}, indent=2), flush=True)
+        self.say(
+            "Have it read everything, be somebody else, write. Then take the agent away between two calls:"
+        )
+        statement = f"select kakunin.halt_agent('{atlas.agent_id}', 'seen enough')"
+        print(f'psql "{self.dsn} user=dba" -c "{statement}"', flush=True)
+        self.say("Ctrl-C ends the server and removes its data.")
+        stop.wait()
 
     def install(self) -> None:
         self.heading("1  Install, as a login that is not superuser")
@@ -423,15 +457,26 @@ def embedded_server() -> Iterator[str]:
                 server.cleanup()
 
 
-def main() -> int:
-    """Runs the demonstration; returns a process's exit status."""
+def main(*, serve: bool = False) -> int:
+    """Runs the demonstration, or serves its agents until SIGINT or SIGTERM. Returns an exit status."""
+    if serve:
+        importlib.import_module("mcp")  # or says what is missing before anything is made
     console = Console(highlight=False)
     console.print(Text("kakunin-db", style="bold"), Text("identity for AI agents, enforced inside Postgres"))
     with console.status("starting an embedded Postgres 18"):
         stack = contextlib.ExitStack()
         dsn = stack.enter_context(embedded_server())
-    with stack, tempfile.TemporaryDirectory(prefix="kakunin-") as folder, key_store(Path(folder)) as keys:
-        Demo(dsn, keys, Path(folder), console).run()
+    with stack, tempfile.TemporaryDirectory(prefix="kakunin-") as name:
+        folder = Path(name)
+        if serve:
+            stop = threading.Event()
+            for ending in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(ending, lambda *_: stop.set())
+            password = secrets.token_urlsafe()
+            Demo(dsn, LocalKeys(folder / "keys", password.encode()), folder, console).serve(password, stop)
+        else:
+            with key_store(folder) as keys:
+                Demo(dsn, keys, folder, console).run()
     console.print()
     console.print(Text("Done. The server and its data are gone.", style="bold"))
     return 0

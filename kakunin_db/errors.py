@@ -11,13 +11,29 @@ from typing import Any, ClassVar, cast
 
 
 class KakuninError(Exception):
-    """Whatever the kit refuses. ``sqlstate`` is the state in the database, ``hint`` the remedy."""
+    """Whatever the kit refuses. ``sqlstate`` is the state in the database, ``hint`` the remedy.
+
+    ``str()`` is the message alone, which answers and logs have beside the hint; a traceback shows both, from
+    Python 3.11 on (PEP 678).
+    """
 
     sqlstate: ClassVar[str] = ""
+    _hint: str | None = None
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+    @property
+    def hint(self) -> str | None:
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str | None) -> None:
+        notes = [note for note in getattr(self, "__notes__", ()) if note != f"hint: {self._hint}"]
+        self._hint = hint
+        # A list of its own: that of an error which this one was made from stays as it was.
+        self.__notes__ = notes + [f"hint: {hint}"] * bool(hint)
 
 
 class UnknownCertificateError(KakuninError):
@@ -86,6 +102,12 @@ class RiskTooHighError(KakuninError):
     sqlstate = "KA011"
 
 
+class ReplicaLagError(KakuninError):
+    """KA012: the standby is too far behind its primary to answer agents."""
+
+    sqlstate = "KA012"
+
+
 class PolicyViolationError(KakuninError):
     """42501: row security or a missing privilege refused a statement of a bound session."""
 
@@ -123,6 +145,7 @@ _BY_SQLSTATE: dict[str, type[KakuninError]] = {
         SpendLimitError,
         BadInputError,
         RiskTooHighError,
+        ReplicaLagError,
     )
 }
 

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from .commands import Refused, _answer, _new_file
+from .errors import BadInputError
 from .resources import install_sql, sql_dir
 
 _COMMIT = "COMMIT;"
@@ -135,8 +136,19 @@ $dump$;
 
 
 def export_supabase(options: argparse.Namespace) -> int:
-    folder = Path(options.out or "supabase/migrations")
-    return _write(options, folder, {f"{_timestamp()}_kakunin.sql": supabase_sql()})
+    folder, sql = Path(options.out or "supabase/migrations"), supabase_sql()
+    there = sorted(folder.glob("*_kakunin.sql"))
+    same = [str(path) for path in there if path.read_bytes() == sql.encode()]
+    if there and not same:  # which a second migration would collide with, in the middle of a push
+        raise BadInputError(
+            f"{there[-1]} is there already, and is of another version of the kit or was changed",
+            "Where it was never applied, delete it and export again. Where it was, it stays:"
+            " kakunin-db migrate --dsn ... takes the project's database to this version.",
+        )
+    if same:
+        _answer(options, {"written": [], "unchanged": same}, [("unchanged", same)])
+        return 0
+    return _write(options, folder, {f"{_timestamp()}_kakunin.sql": sql})
 
 
 def export_sql(options: argparse.Namespace) -> int:

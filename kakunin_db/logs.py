@@ -55,3 +55,7 @@ class TextFormatter(logging.Formatter):
 
 def _time(record: logging.LogRecord) -> str:
     return dt.datetime.fromtimestamp(record.created, dt.timezone.utc).isoformat(timespec="milliseconds")
+
+
+def counted(entries: int) -> str:
+    return "1 entry" if entries == 1 else f"{entries} entries"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,14 +45,21 @@ def migrate(dsn: str, revision: str = "head", *, on_notice: Callable[[str], None
     return _run(command.upgrade, dsn, revision, on_notice)
 
 
-def downgrade(dsn: str, revision: str = "base", *, on_notice: Callable[[str], None] | None = None) -> Change:
+def downgrade(
+    dsn: str,
+    revision: str = "base",
+    *,
+    on_notice: Callable[[str], None] | None = None,
+    before: Sequence[str] = (),
+) -> Change:
     """Takes a database back to an earlier revision. ``base`` removes the kit **and all its data**.
 
-    Roles that somebody else uses stay, and a notice says why. Arguments are those of :func:`migrate`.
+    Roles that somebody else uses stay, and a notice says why. Arguments are those of :func:`migrate`;
+    ``before`` are statements that run first, in the same transaction.
 
     :raises BadInputError: objects outside the kit's schemas still use it. Nothing was changed.
     """
-    return _run(command.downgrade, dsn, revision, on_notice)
+    return _run(command.downgrade, dsn, revision, on_notice, before)
 
 
 def migrate_sql(revision: str = "head") -> str:
@@ -80,21 +87,54 @@ def _config(output: io.StringIO | None = None) -> Config:
 
 
 def _run(
-    step: Callable[[Config, str], None], dsn: str, revision: str, on_notice: Callable[[str], None] | None
+    step: Callable[[Config, str], None],
+    dsn: str,
+    revision: str,
+    on_notice: Callable[[str], None] | None,
+    first: Sequence[str] = (),
 ) -> Change:
     config = _config()
     # Not as sqlalchemy.url: a DSN is no URL, and its percent signs are not to be interpolated.
-    config.attributes.update(dsn=check_dsn(dsn), on_notice=on_notice or _log.info)
+    config.attributes.update(dsn=check_dsn(dsn), on_notice=on_notice or _log.info, first=first)
     try:
         step(config, revision)
     except (psycopg.Error, DBAPIError) as error:
         refused = named(error)
         if refused:
             raise refused from error
-        if isinstance(error, DBAPIError) and isinstance(error.orig, psycopg.Error):
-            raise error.orig from None
+        original = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(original, psycopg.errors.LockNotAvailable):
+            raise _locked(config.attributes["dsn"]) from error
+        if isinstance(original, psycopg.Error):
+            raise original from None
         raise
     return Change(_only(config.attributes["before"]), _only(config.attributes["after"]))
+
+
+# Whoever holds a lock on what a migration changes: something of the kit's, or a table with its policies.
+_HOLDERS = """
+select string_agg(format('process %s (%s) holds %s on %s', pid, login, mode, name), '; ' order by pid, name)
+  from (select l.pid, coalesce(a.usename, 'unknown') as login, l.mode,
+               format('%I.%I', n.nspname, c.relname) as name
+          from pg_locks l join pg_class c on c.oid = l.relation join pg_namespace n on n.oid = c.relnamespace
+          left join pg_stat_activity a on a.pid = l.pid
+         where l.granted and l.pid <> pg_backend_pid() and c.relkind in ('r', 'p', 'v', 'S')
+           and l.database = (select d.oid from pg_database d where d.datname = current_database())
+           and (n.nspname in ('kakunin', 'kakunin_private')
+                or exists (select from pg_policy y where y.polrelid = c.oid and y.polname like 'kakunin%'))
+         order by l.pid, c.relname limit 5) h"""
+
+
+def _locked(dsn: str) -> BadInputError:
+    """Says who; it may be gone by now."""
+    with connect(dsn) as connection:
+        row = connection.execute(_HOLDERS).fetchone()
+    holders = row[0] if row and row[0] else "whoever held it is gone by now"
+    return BadInputError(
+        f"the migration waited in vain for a lock and changed nothing: {holders}",
+        "Run it again when that transaction has ended, or end it: select pg_terminate_backend(<process>)."
+        " PGOPTIONS='-c lock_timeout=60s' waits longer; while it waits, others wait behind it.",
+    )
 
 
 def _only(heads: tuple[str, ...]) -> str | None:

@@ -13,15 +13,16 @@ import json
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from .credential import base64url
 from .errors import BadInputError, CertificateValidityError
 from .results import CertificateVerification
-from .signers import Signer, check_rsa_key, open_signer
+from .signers import ECDSASigner, Signer, check_ec_key, check_rsa_key, open_jwt_signer
 
 # Seconds. The longest life of an agent's token, and that of one that only asks about a certificate.
 LIFETIME: Final = 300
@@ -41,31 +42,42 @@ def _number(value: int) -> str:
     return base64url(value.to_bytes((value.bit_length() + 7) // 8, "big"))
 
 
-def thumbprint(key: rsa.RSAPublicKey) -> str:
-    """The key's name in a JWKS: its JWK thumbprint with SHA-256 (RFC 7638)."""
-    numbers = key.public_numbers()
-    members = {"e": _number(numbers.e), "kty": "RSA", "n": _number(numbers.n)}
-    return base64url(hashlib.sha256(json.dumps(members, separators=(",", ":")).encode()).digest())
+PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 
 
-def jwk(key: rsa.RSAPublicKey) -> dict[str, str]:
-    """The public key as a JWK (RFC 7517) that verifies RS256.
+def _members(key: PublicKey) -> dict[str, str]:
+    """What RFC 7638 section 3.2 says a thumbprint is of, in its order (RFC 7518 sections 6.2.1 and 6.3.1).
 
-    :raises BadInputError: not an RSA key of 2048 to 4096 bits with the exponent 65537.
+    :raises BadInputError: neither an RSA key of 2048 to 4096 bits with the exponent 65537 nor a P-256 one.
     """
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        check_ec_key(key)
+        point = key.public_numbers()
+        x, y = (base64url(each.to_bytes(32, "big")) for each in (point.x, point.y))
+        return {"crv": "P-256", "kty": "EC", "x": x, "y": y}
     check_rsa_key(key)
     numbers = key.public_numbers()
-    return {
-        "kty": "RSA",
-        "use": "sig",
-        "alg": "RS256",
-        "kid": thumbprint(key),
-        "n": _number(numbers.n),
-        "e": _number(numbers.e),
-    }
+    return {"e": _number(numbers.e), "kty": "RSA", "n": _number(numbers.n)}
 
 
-def jwks(keys: list[rsa.RSAPublicKey]) -> dict[str, list[dict[str, str]]]:
+def _alg(key: PublicKey) -> str:
+    return "ES256" if isinstance(key, ec.EllipticCurvePublicKey) else "RS256"
+
+
+def thumbprint(key: PublicKey) -> str:
+    """The key's name in a JWKS: its JWK thumbprint with SHA-256 (RFC 7638). Raises as :func:`jwk`."""
+    return base64url(hashlib.sha256(json.dumps(_members(key), separators=(",", ":")).encode()).digest())
+
+
+def jwk(key: PublicKey) -> dict[str, str]:
+    """The public key as a JWK (RFC 7517) that verifies RS256 or ES256.
+
+    :raises BadInputError: neither an RSA key of 2048 to 4096 bits with the exponent 65537 nor a P-256 one.
+    """
+    return {**_members(key), "use": "sig", "alg": _alg(key), "kid": thumbprint(key)}
+
+
+def jwks(keys: Sequence[PublicKey]) -> dict[str, list[dict[str, str]]]:
     """The JWK set (RFC 7517 section 5) of these keys, in this order, each once."""
     return {"keys": list({one["kid"]: one for one in map(jwk, keys)}.values())}
 
@@ -102,28 +114,33 @@ class SecretKey:
 
 
 class AsymmetricKey:
-    """RS256 with a :class:`Signer`, or the one of a URI (:func:`open_signer`), opened at its first use.
+    """RS256 with a :class:`Signer`, ES256 with an :class:`ECDSASigner`, or the one of a URI
+    (:func:`open_jwt_signer`), opened at its first use.
 
     ``kid`` is the key's thumbprint (RFC 7638), as ``kakunin-db jwks`` has it, unless another is given.
     """
 
-    alg: Final = "RS256"
     blocking: Final = True
 
-    def __init__(self, signer: Signer | str, kid: str | None = None) -> None:
+    def __init__(self, signer: Signer | ECDSASigner | str, kid: str | None = None) -> None:
         self._given = signer
         self._kid = kid
         self._opening = threading.Lock()
-        self._opened: Signer | None = None
+        self._opened: Signer | ECDSASigner | None = None
 
     @property
-    def _signer(self) -> Signer:
+    def _signer(self) -> Signer | ECDSASigner:
         with self._opening:
             if self._opened is None:
-                opened = open_signer(self._given) if isinstance(self._given, str) else self._given
-                check_rsa_key(opened.public_key())
+                opened = open_jwt_signer(self._given) if isinstance(self._given, str) else self._given
+                jwk(opened.public_key())  # which it has, or cannot be published
                 self._opened = opened
             return self._opened
+
+    @property
+    def alg(self) -> str:
+        """Raises SignerError where the key cannot be opened."""
+        return _alg(self._signer.public_key())
 
     @property
     def kid(self) -> str | None:
@@ -141,7 +158,7 @@ class AsymmetricKey:
 Key = SecretKey | AsymmetricKey
 
 
-def key_of(secret: str | bytes | None, signer: Signer | str | None, kid: str | None) -> Key:
+def key_of(secret: str | bytes | None, signer: Signer | ECDSASigner | str | None, kid: str | None) -> Key:
     """The one key that is given.
 
     :raises BadInputError: none is given, or both.

@@ -6,8 +6,14 @@ set local client_min_messages = warning;  -- IF NOT EXISTS would tell of the sch
 do $before$
 declare
   v_owner name;
+  v_wait  text;
 begin
-  perform pg_advisory_xact_lock(30224936667605358);  -- 'kakunin' as a number; held until commit
+  -- 'kakunin' as a number; held until commit. One migration waits for another as long as that takes.
+  v_wait := current_setting('lock_timeout');
+  perform set_config('lock_timeout', '0', true);
+  perform pg_advisory_xact_lock(30224936667605358);
+  -- And for nobody else: what waits for a lock has everybody else wait behind it. Whoever said how long is right.
+  perform set_config('lock_timeout', case v_wait when '0' then '5s' else v_wait end, true);
 
   -- A superuser may run it too, but what it makes must be the owner's: a SECURITY DEFINER function runs as
   -- whoever made it.

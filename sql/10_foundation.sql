@@ -33,7 +33,7 @@
 --   KA003 outside its validity      KA008 agent suspended
 --   KA004 assertion or ticket       KA009 spend limit
 --   KA005 outside certified scope   KA010 bad input
---   KA011 risk too high
+--   KA011 risk too high             KA012 the standby is too far behind
 
 -- The files of this folder are applied in name order in one transaction (psql -1, or `kakunin-db migrate`).
 -- Names below resolve here and nowhere else, whatever search_path the installing session came with.
@@ -97,3 +97,43 @@ create function kakunin_private.clock() returns timestamptz
 language sql volatile parallel safe
 return clock_timestamp();
 comment on function kakunin_private.clock() is 'The present time, for every check the kit makes';
+
+-- A standby answers by what it has replayed, so a revocation that it has not got yet is none there. How far behind it is
+-- says the newest commit it has replayed: everything committed on the primary before that is there. Nothing is
+-- committed on an idle primary but the worker's lease, every two seconds, and that is enough of a heartbeat. A standby that
+-- is cut off, paused or behind sees no commit, and is closed once the newest is older than max_lag, whatever
+-- state it believes replication to be in.
+create table kakunin_private.replicas (
+  only_row boolean primary key default true check (only_row),
+  max_lag  interval default '1 minute'
+);
+comment on table kakunin_private.replicas is 'How far behind a standby may be that answers agents';
+comment on column kakunin_private.replicas.max_lag is 'Age of the newest commit it has replayed; NULL where any age will do';
+insert into kakunin_private.replicas default values;
+
+-- Asked only in recovery, and apart from what is inlined: on a primary a statement pays for pg_is_in_recovery() alone.
+create function kakunin_private.replica_is_fresh() returns boolean
+language plpgsql volatile parallel safe
+as $$
+begin
+  return coalesce((select r.max_lag is null or pg_last_xact_replay_timestamp() > kakunin_private.clock() - r.max_lag
+                     from kakunin_private.replicas r), false);
+end
+$$;
+comment on function kakunin_private.replica_is_fresh() is
+  'On a standby: whether what it has replayed is no older than the limit. False as well where it has replayed no commit since it started';
+
+create function kakunin_private.check_replica() returns void
+language plpgsql volatile parallel safe
+as $$
+begin
+  if pg_is_in_recovery() and not kakunin_private.replica_is_fresh() then
+    raise exception using errcode = 'KA012',
+      message = format('this standby has replayed what was committed until %s, and is closed to agents when that is more than %s ago',
+        coalesce(to_char(pg_last_xact_replay_timestamp() at time zone interval '0', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'), '(nothing yet)'),
+        (select r.max_lag from kakunin_private.replicas r)),
+      hint = 'Ask the primary, or wait. If nothing is behind, no worker runs on the primary, or the clocks differ. kakunin.set_replica_lag() sets the limit.';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_replica() is 'KA012 on a standby that is too far behind';

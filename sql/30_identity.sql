@@ -224,6 +224,7 @@ declare
   v_risk        text;
   v_now         timestamptz := kakunin_private.clock();
 begin
+  perform kakunin_private.check_replica();
   select * into v_certificate from kakunin_private.certificates c where c.serial = p_serial;
   if not found then
     raise exception using errcode = 'KA001',
@@ -715,6 +716,7 @@ as $$
 declare
   v_serial text collate "C" := kakunin.normalize_serial(verify_certificate.serial);
 begin
+  perform kakunin_private.check_replica();
   return coalesce((
     select jsonb_build_object(
              'serial_number', c.serial,

@@ -197,9 +197,6 @@ begin
   update kakunin_private.installation set installation_id = gen_random_uuid();
   perform kakunin.rotate_session_key('0');
   perform kakunin_private.reseal();
-  -- A copy made from a template has values of sequences that its log does not have: a crash would give them out again.
-  perform setval(s.oid::regclass, nextval(s.oid::regclass))
-     from pg_class s where s.relkind = 'S' and s.relnamespace = 'kakunin_private'::regnamespace;
   perform kakunin_private.record('installation.renewed', null, jsonb_build_object('before', v_before));
   return kakunin.installation_id();
 end
@@ -233,6 +230,22 @@ end
 $$;
 comment on function kakunin.set_gateway_logins(name[], name[]) is
   'Sets the logins whose request.jwt.claims are believed, and which of them only by pre_request(). For the owner alone: who may call this can become any agent';
+
+create function kakunin.set_replica_lag(max_lag interval) returns void
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if set_replica_lag.max_lag < interval '5 seconds' or set_replica_lag.max_lag > interval '1 day' then
+    raise exception using errcode = 'KA010',
+      message = 'the limit of a standby''s lag is 5 seconds to 1 day, or NULL',
+      hint = 'A worker commits every two seconds on an idle primary; a shorter limit would close what is up to date.';
+  end if;
+  update kakunin_private.replicas r set max_lag = set_replica_lag.max_lag;
+  perform kakunin_private.record('settings.changed', null, jsonb_build_object('max_lag', set_replica_lag.max_lag::text));
+end
+$$;
+comment on function kakunin.set_replica_lag(interval) is
+  'Sets how far behind a standby may be that answers agents (1 minute at first): beyond it they see no row there, and KA012. NULL: any lag will do. For kakunin_operator';
 
 -- Reading a binding ---------------------------------------------------------------------------------
 
@@ -310,6 +323,7 @@ begin atomic
      and kakunin_private.binding_is_genuine(k.inner_pad, k.outer_pad, p_binding)
      and (split_part(p_binding, '|', 3) = 'x' or kakunin_private.is_future(split_part(p_binding, '|', 4)))
      and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+     and (not pg_is_in_recovery() or kakunin_private.replica_is_fresh())
      and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id);
 end;
 comment on function kakunin_private.bound_certificate(text) is
@@ -323,6 +337,7 @@ begin atomic
     join kakunin_private.agents a on a.agent_id = c.agent_id
    where c.serial = p_serial
      and kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+     and (not pg_is_in_recovery() or kakunin_private.replica_is_fresh())
      and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id);
 end;
 comment on function kakunin_private.usable_serial(text) is 'The serial, in its canonical form, if its certificate may be used now; no row otherwise. Inlined';
@@ -409,7 +424,7 @@ begin
 end
 $$;
 comment on function kakunin.require_session() is
-  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003 or KA008';
+  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003, KA008 or KA012';
 
 create function kakunin.require_scope(scope text) returns boolean
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -536,6 +551,7 @@ begin
   select c.serial,
          kakunin_private.is_future(split_part(v_ticket, '.', 5)) as fresh,
          kakunin_private.is_usable(c.serial, c.revoked_at, c.not_before, c.not_after, a.agent_id, a.suspended_at)
+           and (not pg_is_in_recovery() or kakunin_private.replica_is_fresh())
            and not exists (select from kakunin_private.risk_stops r where r.agent_id = c.agent_id) as usable,
          kakunin_private.make_binding(
            k.inner_pad, k.outer_pad,

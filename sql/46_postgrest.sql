@@ -97,15 +97,15 @@ begin
   end if;
   begin
     perform kakunin_private.check_certificate(v_serial);
-  exception when sqlstate 'KA001' or sqlstate 'KA002' or sqlstate 'KA003' or sqlstate 'KA008' then
+  exception when sqlstate 'KA001' or sqlstate 'KA002' or sqlstate 'KA003' or sqlstate 'KA008' or sqlstate 'KA012' then
     get stacked diagnostics v_code = returned_sqlstate, v_message = message_text, v_hint = pg_exception_hint;
   end;
   if v_code is not null then
-    perform kakunin_private.refuse_request(403, v_code, v_message, v_hint);
+    perform kakunin_private.refuse_request(case v_code when 'KA012' then 503 else 403 end, v_code, v_message, v_hint);
   elsif v_is_hook then
     perform kakunin_private.bind_transaction(v_serial);
   end if;
 end
 $$;
 comment on function kakunin.pre_request() is
-  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 401 for a header that is not the claim''s';
+  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 503 on a standby that is too far behind, 401 for a header that is not the claim''s';

@@ -15,6 +15,13 @@
 -- gone, is named exactly. Of the inner nodes those of every eighth level are kept, from which any proof is
 -- a few hundred hashes away. Rows here are added and never changed, like the ledger's.
 --
+-- One ledger, one place. What is restored, copied or upgraded has another system identifier or another database oid
+-- than where it was sealed last, and a promoted standby, or a server recovered to a point in time, another timeline. A
+-- copy would sign another history under the same name and by the same key; so in another place nothing is sealed and
+-- nothing is published until the owner says which of the two it is: continue_ledger() or renew_installation(). Another
+-- timeline is no reason to stop, because a failover must go on by itself; the worker asks whether somebody remembers
+-- what was signed last. A copy of the disk looks like the original here: a witness is what tells them apart.
+--
 -- The key. register_ledger_key() takes a certificate that a pinned authority issued for this installation's ledger. So
 -- whoever trusts that authority's root can verify a tree head, and an operator cannot slip another key in.
 
@@ -104,6 +111,18 @@ create table kakunin_private.leader (
 ) with (fillfactor = 10);
 insert into kakunin_private.leader default values;
 comment on table kakunin_private.leader is 'Which worker leads, and until when unless it says so again';
+
+create table kakunin_private.home (
+  only_row          boolean primary key default true check (only_row),
+  system_identifier text collate "C",
+  database          oid,
+  timeline          bigint
+);
+insert into kakunin_private.home default values;
+comment on table kakunin_private.home is 'Where this ledger is sealed and signed: nowhere before the first time';
+comment on column kakunin_private.home.system_identifier is 'Of the server, from initdb; NULL where the owner of the kit may not read it';
+comment on column kakunin_private.home.database is 'The database''s oid';
+comment on column kakunin_private.home.timeline is 'The timeline that the newest tree head was published on';
 
 do $$
 begin
@@ -203,6 +222,46 @@ end
 $$;
 comment on function kakunin_private.add_batch(bigint[], bytea, timestamptz) is 'Adds leaves to the tree: which events they are, and their hashes';
 
+-- By IF, because a function that is not permitted is refused wherever an expression has it.
+create function kakunin_private.here() returns kakunin_private.home
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_here kakunin_private.home;
+begin
+  if has_function_privilege('pg_control_system()', 'execute') then
+    v_here.system_identifier := (select c.system_identifier::text from pg_control_system() c);
+  end if;
+  v_here.database := (select d.oid from pg_database d where d.datname = current_database());
+  if not pg_is_in_recovery() then
+    v_here.timeline := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint;
+  end if;
+  return v_here;
+end
+$$;
+comment on function kakunin_private.here() is 'Where this is: the server''s system identifier, the database''s oid and the timeline';
+
+create function kakunin_private.check_home() returns void
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_home kakunin_private.home;
+  v_here constant kakunin_private.home := kakunin_private.here();
+begin
+  select * into strict v_home from kakunin_private.home h;
+  if v_home.database is null then
+    update kakunin_private.home h set system_identifier = v_here.system_identifier, database = v_here.database where h.database is null;
+  elsif (v_home.system_identifier, v_home.database) is distinct from (v_here.system_identifier, v_here.database) then
+    raise exception using errcode = 'KA007',
+      message = format('this ledger was sealed in database %s of server %s, and this is database %s of server %s: a copy, or the ledger was moved',
+        v_home.database, coalesce(v_home.system_identifier, '(unknown)'), v_here.database, coalesce(v_here.system_identifier, '(unknown)')),
+      hint = 'kakunin-db recover shows what is here, and gives a copy an identity of its own or goes on in place of the original.';
+  end if;
+end
+$$;
+comment on function kakunin_private.check_home() is
+  'KA007 where the ledger was last sealed in another database or on another server; the first time it settles here';
+
 -- For a copy, where the transactions in the ledger's rows are those of another server: all there is becomes leaves, and
 -- what comes from now on goes by this server's.
 create function kakunin_private.reseal() returns void
@@ -212,8 +271,9 @@ declare
   v_ids    bigint[];
   v_leaves bytea;
   v_oldest timestamptz;
+  v_here   kakunin_private.home;
 begin
-  perform kakunin_private.check_snapshot_is_fresh('renewing an installation');
+  perform kakunin_private.check_snapshot_is_fresh('settling a ledger in another place');
   -- Waits for those who are appending, so that everything is committed.
   lock table kakunin_private.ledger in share mode;
   perform from kakunin_private.tree t for update;
@@ -227,9 +287,18 @@ begin
   update kakunin_private.tree t
      set sealed = kakunin_private.committed_snapshot(), sealing = null, after = 0,
          floor = (select coalesce(max(l.event_id), 0) from kakunin_private.ledger l);
+  -- A copy made from a template has values of sequences that its log does not have: a crash would give them out again.
+  -- Logical replication brings none at all.
+  perform setval(s.oid::regclass, nextval(s.oid::regclass))
+     from pg_class s where s.relkind = 'S' and s.relnamespace = 'kakunin_private'::regnamespace;
+  perform setval('kakunin_private.event_ids', greatest(nextval('kakunin_private.event_ids'), (select t.floor from kakunin_private.tree t)));
+  v_here := kakunin_private.here();
+  update kakunin_private.home h
+     set system_identifier = v_here.system_identifier, database = v_here.database, timeline = v_here.timeline;
 end
 $$;
-comment on function kakunin_private.reseal() is 'Seals every entry that is not in the tree, and counts by this server''s transactions from now on';
+comment on function kakunin_private.reseal() is
+  'Seals every entry that is not in the tree, counts by this server''s transactions from now on, and makes this the ledger''s place';
 
 create function kakunin.seal_ledger(max_entries integer default 100000) returns jsonb
 language plpgsql volatile parallel unsafe security definer
@@ -250,6 +319,7 @@ begin
     raise exception using errcode = 'KA010', message = 'a batch is of 1 to 1000000 entries';
   end if;
   perform kakunin_private.check_snapshot_is_fresh('sealing');
+  perform kakunin_private.check_home();
   -- Looked at first without a lock: it is asked every second, and mostly there is nothing.
   select * into strict v_tree from kakunin_private.tree t;
   v_since := coalesce(pg_snapshot_xmax(v_tree.sealed), '0');
@@ -267,7 +337,7 @@ begin
   if v_since > pg_snapshot_xmax(v_sealing) then
     raise exception using errcode = 'KA007',
       message = 'the ledger was sealed by another server, whose transactions are ahead of this one''s: this is a copy',
-      hint = 'Give the copy an identity of its own with kakunin.renew_installation(), and register a ledger key for it.';
+      hint = 'kakunin-db recover shows what is here, and gives a copy an identity of its own or goes on in place of the original.';
   end if;
   select coalesce(array_agg(n.event_id order by n.event_id), '{}'), string_agg(kakunin_private.leaf_hash(n.entry), '' order by n.event_id),
          min(n.recorded_at), count(*)
@@ -328,8 +398,10 @@ declare
   v_last  kakunin_private.tree_heads;
   v_key   kakunin_private.ledger_keys;
   v_now   constant timestamptz := kakunin_private.clock();
+  v_timeline bigint;
 begin
   perform kakunin_private.check_snapshot_is_fresh('publishing a tree head');
+  perform kakunin_private.check_home();
   -- One at a time, so that sizes and timestamps go up together.
   lock table kakunin_private.tree_heads in share row exclusive mode;
   select b.root into v_root from kakunin_private.batches b
@@ -364,6 +436,8 @@ begin
   end if;
   insert into kakunin_private.tree_heads (tree_size, "timestamp", root, key_id, signature, published_at, published_by)
   values (publish_tree_head.tree_size, publish_tree_head."timestamp", v_root, v_key.key_id, publish_tree_head.signature, v_now, session_user);
+  v_timeline := (kakunin_private.here()).timeline;
+  update kakunin_private.home h set timeline = v_timeline where h.timeline is distinct from v_timeline;
   if current_setting('synchronous_commit') = 'off' then
     perform set_config('synchronous_commit', 'on', true);
   end if;
@@ -384,6 +458,7 @@ declare
   v_names  bytea[];
   v_urn    constant text := 'urn:kakunin:ledger:' || kakunin.installation_id();
 begin
+  perform kakunin_private.check_home();
   perform kakunin_private.x509_check_critical(v_read.extensions, '{2.5.29.15,2.5.29.17,2.5.29.19}', c_what);
   if v_read.ca or coalesce(v_read.key_usage & 134, 0) <> 128 then  -- digitalSignature, and neither keyCertSign nor cRLSign
     perform kakunin_private.refuse(c_what, 'it is not one for signing alone (no cA; keyUsage digitalSignature without keyCertSign and cRLSign)');
@@ -552,6 +627,48 @@ end
 $$;
 comment on function kakunin.ledger_status() is
   'How far sealing and signing are: sizes, lag_entries and lag_seconds (of the oldest entry without a signature), who leads, until when there are partitions. For kakunin_worker, kakunin_operator, kakunin_auditor';
+
+-- Another place -----------------------------------------------------------------------------------------
+
+create function kakunin.ledger_home() returns jsonb
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_home kakunin_private.home;
+  v_here constant kakunin_private.home := kakunin_private.here();
+begin
+  select * into strict v_home from kakunin_private.home h;
+  return jsonb_build_object(
+    'home', case when v_home.database is not null then to_jsonb(v_home) - 'only_row' end,
+    'here', to_jsonb(v_here) - 'only_row',
+    'moved', v_home.database is not null
+      and (v_home.system_identifier, v_home.database) is distinct from (v_here.system_identifier, v_here.database),
+    'promoted', coalesce(v_home.timeline <> v_here.timeline, false));
+end
+$$;
+comment on function kakunin.ledger_home() is
+  'Where the ledger is sealed and signed and where this is (system_identifier, database, timeline): moved where the server or the database is another, promoted where the timeline is. For kakunin_worker, kakunin_operator, kakunin_auditor';
+
+create function kakunin.continue_ledger() returns jsonb
+language plpgsql volatile parallel unsafe security definer
+set search_path = pg_catalog, pg_temp set lock_timeout = '5s'  -- appends queue up behind reseal()
+as $$
+declare
+  v_home constant jsonb := kakunin.ledger_home();
+begin
+  if (v_home -> 'moved')::boolean then
+    perform kakunin_private.reseal();
+  elsif (v_home -> 'promoted')::boolean then
+    update kakunin_private.home h set timeline = (v_home -> 'here' ->> 'timeline')::bigint;
+  else
+    return v_home;
+  end if;
+  perform kakunin_private.record('ledger.continued', null, v_home);
+  return kakunin.ledger_home();
+end
+$$;
+comment on function kakunin.continue_ledger() is
+  'For a ledger that was moved here, and whose original is gone: it goes on under its name and by its key. Returns what ledger_home() does. Where the original goes on as well, use renew_installation(). For the owner alone';
 
 -- Proofs ---------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 --
 -- PUBLIC may call nothing. What a role may call is named here and nowhere else; a function that is not
 -- listed belongs to the owner alone: set_gateway_logins(), because who may say whose claims are believed can
--- become any agent, and renew_installation(), which is for a copy of a database.
+-- become any agent, and renew_installation() and continue_ledger(), which say what a copy of a database is.
 
 revoke all on all functions in schema kakunin, kakunin_private from public;
 
@@ -94,7 +94,7 @@ grant execute on function
   kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
   to kakunin_worker;
 grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
-grant execute on function kakunin.ledger_status() to kakunin_worker, kakunin_operator, kakunin_auditor;
+grant execute on function kakunin.ledger_status(), kakunin.ledger_home() to kakunin_worker, kakunin_operator, kakunin_auditor;
 grant execute on function
   kakunin.register_ledger_key(bytea), kakunin.revoke_ledger_key(text, text), kakunin.archive_partition(name)
   to kakunin_operator;
@@ -143,7 +143,7 @@ grant execute on function
   kakunin.trust_ca(bytea), kakunin.distrust_ca(text, text),
   kakunin.revoke_certificate(text, text), kakunin.suspend_agent(uuid, text), kakunin.reinstate_agent(uuid),
   kakunin.halt_agent(uuid, text, boolean),
-  kakunin.rotate_session_key(interval),
+  kakunin.rotate_session_key(interval), kakunin.set_replica_lag(interval),
   kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean), kakunin.unprotect(regclass),
   kakunin.audit_changes(regclass, boolean, boolean), kakunin.record_policy(regclass), kakunin.record_changes()
   to kakunin_operator;

@@ -144,8 +144,8 @@ class Cluster:
             check=True, capture_output=True, text=True, cwd=self.base, **user, **kwargs,
         )  # fmt: skip
 
-    def init(self) -> None:
-        options = ["--no-sync", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C"]
+    def init(self, *more: str) -> None:
+        options = ["--no-sync", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", *more]
         self.run("initdb", *options, "-D", self.data)
 
     def start(self) -> Cluster:
@@ -203,18 +203,28 @@ class Cluster:
         for key in [key for key in self._kept if dbname in (None, key[0])]:
             self._kept.pop(key).close()
 
-    def standby(self) -> Cluster:
-        """A streaming replica of this server, started."""
+    def program(self, name: str) -> Path | None:
+        """A client program: of the server's own build, of another one of its major, or a newer one."""
+        places = [self.bin, *_candidates(self.major), *_candidates(18)]
+        return next((place / name for place in places if (place / name).exists()), None)
+
+    def backup(self, **settings: str) -> Cluster:
+        """A base backup, as the data of another server, not started."""
         primary = f"host={self.host} port={self.port} user=postgres"
-        replica = Cluster(self.major, self.bin, settings={**self.settings, "primary_conninfo": primary})
+        copy = Cluster(self.major, self.bin, settings={**self.settings, **settings})
         # The npm builds have no pg_basebackup. A newer one serves older servers as well, but what it would
         # write for them to connect with (-R) they may not understand.
         places = [self.bin, *_candidates(18), *_candidates(17), *_candidates(16)]
         program = next(p / "pg_basebackup" for p in places if (p / "pg_basebackup").exists())
         subprocess.run(
-            [program, "-d", primary, "-D", replica.data, "-c", "fast"], check=True, capture_output=True
+            [program, "-d", primary, "-D", copy.data, "-c", "fast"], check=True, capture_output=True
         )
-        (replica.data / "standby.signal").touch()
         if os.geteuid() == 0:
-            subprocess.run(["chown", "-R", SERVER_USER, replica.data], check=True)
+            subprocess.run(["chown", "-R", SERVER_USER, copy.data], check=True)
+        return copy
+
+    def standby(self) -> Cluster:
+        """A streaming replica of this server, started."""
+        replica = self.backup(primary_conninfo=f"host={self.host} port={self.port} user=postgres")
+        (replica.data / "standby.signal").touch()
         return replica.start()

@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -46,7 +47,8 @@ API_ROLES = ["anon", "authenticated"]
 FIRST = {
     "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
     "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql", "test_mcp_ts",
-    "test_pgbouncer", "test_postgrest", "test_standby", "test_supabase_wire", "test_wheel", "test_worker",
+    "test_pgbouncer", "test_postgrest", "test_recovery", "test_standby", "test_supabase_wire", "test_wheel",
+    "test_worker",
 }  # fmt: skip
 
 
@@ -84,11 +86,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (item.path.stem not in FIRST, -size[item.path], item.path))
 
 
-def start_cluster(major: int) -> Cluster:
-    bindir = binaries(major)
+def start_cluster(major: int, bindir: Path | None = None, **settings: str) -> Cluster:
+    bindir = bindir or binaries(major)
     if bindir is None:
         pytest.skip(f"no Postgres {major} on this machine: make postgres, or set KAKUNIN_PG{major}_BIN")
-    cluster = Cluster(major, bindir, settings={"max_prepared_transactions": "20"})
+    cluster = Cluster(major, bindir, settings={"max_prepared_transactions": "20", **settings})
     cluster.init()
     cluster.start()
     with cluster.connect(autocommit=True) as admin:

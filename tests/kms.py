@@ -11,8 +11,10 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,10 +23,10 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
 from kakunin_db import KMSKeys, KMSSigner, PKCS11Keys, PKCS11Signer
-from kakunin_db.signers import kms, pkcs11
+from kakunin_db.signers import KMSECDSASigner, kms, pkcs11
 
 ACCOUNT = "123456789012"
 SECRET = "s3cret-Pin-or-password"
@@ -126,10 +128,13 @@ class Wire:
         """moto 5.2 hashes the message although MessageType is DIGEST, which AWS does not."""
         if request.get("MessageType") != "DIGEST":
             return {}
-        assert request["SigningAlgorithm"] == "RSASSA_PKCS1_V1_5_SHA_256"
         key = self.key(answer["KeyId"]).private_key.private_key
-        digest = base64.b64decode(request["Message"])
-        signature = key.sign(digest, padding.PKCS1v15(), utils.Prehashed(hashes.SHA256()))
+        digest, sha256 = base64.b64decode(request["Message"]), utils.Prehashed(hashes.SHA256())
+        if request["SigningAlgorithm"] == "ECDSA_SHA_256":
+            signature = key.sign(digest, ec.ECDSA(sha256))
+        else:
+            assert request["SigningAlgorithm"] == "RSASSA_PKCS1_V1_5_SHA_256"
+            signature = key.sign(digest, padding.PKCS1v15(), sha256)
         return {"Signature": base64.b64encode(signature).decode()}
 
     @property
@@ -169,6 +174,9 @@ class Wire:
 
     def signer(self, key: str, **options: Any) -> KMSSigner:
         return KMSSigner(key, endpoint_url=self.url, **{"timeout": 5, "attempts": 3} | options)
+
+    def ecdsa_signer(self, key: str) -> KMSECDSASigner:
+        return KMSECDSASigner(key, endpoint_url=self.url, timeout=5, attempts=3)
 
     def made(self, spec: str = "RSA_2048", usage: str = "SIGN_VERIFY") -> str:
         """The ARN of a new key."""
@@ -210,6 +218,31 @@ def serve_kms() -> Iterator[Wire]:
         yield wire
         wire.stop()
         kms._session.cache_clear()
+
+
+@contextlib.contextmanager
+def dripping(before: bytes, piece: bytes) -> Iterator[tuple[str, threading.Event, list[float]]]:
+    """A server that answers by drops, each in time, until it is told to stop; and when it was asked."""
+    over = threading.Event()
+    asked: list[float] = []
+
+    def answer(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            client.recv(65536)
+            asked.append(time.monotonic())
+            client.sendall(before)
+            while not over.wait(0.05):
+                client.sendall(piece)
+
+    def accept(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # closed when the block ends
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", over, asked
+        over.set()
 
 
 _PATHS = ("/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/softhsm/libsofthsm2.so")

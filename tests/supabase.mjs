@@ -130,6 +130,26 @@ const scenarios = {
     for (const lifetime of [0, 301, NaN]) await assert.rejects(bind(SERIAL, { lifetime }), /lives/);
   },
 
+  async anotherAnswer() {
+    const { fetch } = globalThis;
+    let about = OTHER;
+    globalThis.fetch = (url, options) =>
+      String(url).endsWith("/verify_certificate")
+        ? fetch(url, { ...options, body: JSON.stringify({ serial: about }) })
+        : fetch(url, options);
+    await assert.rejects(bind(), /answered about another/);
+    about = SERIAL;
+    const plain = SERIAL.replaceAll(":", "").toLowerCase();
+    for (const form of [plain, `0x${plain}`, `00${plain}`, SERIAL.replaceAll(":", "-"), ` ${SERIAL} `])
+      assert.deepEqual(contents(await (await bind(form)).from("orders").select("*")), ["one-a", "one-b"]);
+    const agent = await bind(SERIAL, { lifetime: 2 });
+    about = OTHER; // at the renewal
+    await sleep(2000);
+    const { data, error } = await agent.from("orders").select("*");
+    assert.equal(data, null);
+    assert.match(error.message, /answered about another/);
+  },
+
   async anotherHeader() {
     const hmac = (text) => createHmac("sha256", SECRET).update(text).digest("base64url");
     const part = (value) => Buffer.from(JSON.stringify(value)).toString("base64url");

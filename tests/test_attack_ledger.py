@@ -908,8 +908,8 @@ def test_g5_an_auditor_writes_nothing_but_that_it_has_read(database: Database) -
     before = database.run("postgres", "select * from kakunin_private.ledger order by event_id")
     may = {
         "inclusion_proof", "consistency_proof", "ledger_leaves", "frontier", "unsealed_entries",
-        "stray_entries", "ledger_status", "installation_id", "normalize_serial", "verify_certificate",
-        "verify_message", "crls_due", "revocations", "current_agent_id", "agent_risk",
+        "stray_entries", "ledger_status", "ledger_home", "installation_id", "normalize_serial",
+        "verify_certificate", "verify_message", "crls_due", "revocations", "current_agent_id", "agent_risk",
         "risk_window", "webhook_status", "certificate_der",
     }  # fmt: skip
     recording = {"record_read", "record_export"}
@@ -919,7 +919,7 @@ def test_g5_an_auditor_writes_nothing_but_that_it_has_read(database: Database) -
         " and has_function_privilege('auditor', oid, 'execute')",
     )
     assert {name for name, _ in callable_} == may | recording
-    assert {name for name, kind in callable_ if kind == "v"} - {"ledger_status"} == recording
+    assert {name for name, kind in callable_ if kind == "v"} - {"ledger_status", "ledger_home"} == recording
     database.run("auditor", "select kakunin.record_read('read', '{\"agent_id\": \"forged\"}')")
     after = database.run("postgres", "select * from kakunin_private.ledger order by event_id")
     assert after[:-1] == before

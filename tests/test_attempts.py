@@ -324,7 +324,7 @@ def test_a_recorders_database_that_is_away_holds_up_nothing(vault: Vault, how: s
 def test_a_server_that_hangs_is_let_go_of(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connected, and then nothing: a lock that another session holds on what the append needs."""
     monkeypatch.setattr(attempts, "ON_TIME", 1.0)
-    monkeypatch.setattr(attempts, "_LIMITS", "select 1")  # so that only the thread's own limit is left
+    monkeypatch.setattr(attempts, "LIMITS", "select 1")  # so that only the thread's own limit is left
     with vault.database.connect("postgres") as holder, vault.database.connect("pooled") as connection:
         with bind_agent_session(connection, vault.one.credential):
             connection.execute("select 1")

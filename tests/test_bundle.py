@@ -1011,9 +1011,25 @@ def test_the_end_was_taken_off(book: Book) -> None:
     kept = book.heads[-1]
     del book.entries[1800:], book.hashes[1800:], book.heads[6:]
     assert verify(book).ok
-    finding = only(verify(book, witnesses=[kept, book.heads[2]]))
+    witnesses = [kept, book.heads[2]]
+
+    def made(at: str) -> Report:
+        lines = book.lines()
+        lines[0] = lines[0].replace(json.loads(lines[0])["made_at"].encode(), at.encode())
+        return verify(lines, witnesses=witnesses)
+
+    finding = only(made("2999-01-01T00:00:00.000000Z"))
     assert (finding.kind, finding.index) == ("truncated", 1800)
-    assert finding.message == "The witness has a tree head over 2400 entries, and the ledger ends after 1800."
+    ends = "The witness has a tree head over 2400 entries, and the ledger ends after 1800"
+    assert finding.message == f"{ends}: its end was cut off."
+
+    # Or it is a bundle of before, as anybody can say that it is: no more valid for that.
+    report = made("2020-01-01T00:00:00.000000Z")
+    assert not report.ok
+    finding = only(report)
+    assert (finding.kind, finding.index) == ("older", 1800)
+    assert finding.message.startswith(f"{ends}: the bundle says that it was made before, at 2020-01-01T")
+    assert "Export anew" in finding.message
 
 
 # Witnesses ------------------------------------------------------------------------------------------------
@@ -1079,6 +1095,7 @@ def test_an_authority_that_leads_nowhere(book: Book) -> None:
     finding = only(verify(lines))
     assert finding.kind == "untrusted_key"
     assert "leads to no root" in finding.message
+    assert "--ca" in finding.message
 
 
 def test_an_authority_beyond_the_path_length(book: Book) -> None:

@@ -129,18 +129,20 @@ def notify(database: Database, payload: str, user: str = "stranger") -> None:
 
 
 async def test_an_answer_is_kept_and_copied(make: Any, database: Database) -> None:
-    agent = database.agent(permitted_actions=["a:b"], financial_scope={"limits": {"usd": 1}})
+    agent = database.agent(permitted_actions=["a:b"], financial_scope={"permitted_venues": {"XLON": 1}})
     cache = await make(ttl=60).ready()
     first = await cache.require(agent.serial)
     assert first.valid
     assert (first.agent_id, first.permitted_actions) == (agent.agent_id, ("a:b",))
-    first.financial_scope["limits"]["usd"] = 10**9  # a caller's own
+    first.financial_scope["permitted_venues"]["XLON"] = 10**9  # a caller's own
     plain = agent.serial.replace(":", "")
     for form in (agent.serial.lower(), plain, f"0x{plain}", int(plain, 16), f" {agent.serial} "):
         again = await cache.require(form)
-        assert again.financial_scope == {"limits": {"usd": 1}}
+        assert again.financial_scope == {"permitted_venues": {"XLON": 1}}
         again.financial_scope.clear()
-    assert cache.cache.kept(plain) == dataclasses.replace(first, financial_scope={"limits": {"usd": 1}})
+    assert cache.cache.kept(plain) == dataclasses.replace(
+        first, financial_scope={"permitted_venues": {"XLON": 1}}
+    )
     assert cache.queries == 1
     cache.cache.clear()
     assert cache.cache.kept(agent.serial) is None
@@ -371,6 +373,35 @@ async def test_who_comes_after_the_notification_does_not_wait_for_the_query_befo
     assert not first.done()
     go.set()
     assert await first == "revoked"
+
+
+async def test_notifications_of_others_cost_a_query_nothing(make: Any, database: Database) -> None:
+    """Many revocations a second, and queries that take longer than from one to the next."""
+    agent, unknown = database.agent(), "AB:CD"
+    cache = await make(ttl=3600).ready()
+    for serial, status in ((agent.serial, "active"), (unknown, "unknown")):
+        cache.queries = 0
+        cache.after = lambda: cache.cache._answers.hear([str(uuid.uuid4()).encode() for _ in range(3)])
+        assert [await cache.status(serial) for _ in range(3)] == [status] * 3
+        assert cache.queries == 1
+        assert cache.cache.kept(serial).status == status
+
+
+async def test_an_agent_heard_of_among_many_others_is_not_forgotten(make: Any, database: Database) -> None:
+    agent = database.agent()
+    cache = await make(ttl=3600, max_entries=10).ready()
+
+    def hear() -> None:
+        cache.after = None
+        cache.cache._answers.hear([str(agent.agent_id).encode()])
+        for _ in range(30):
+            cache.cache._answers.hear([str(uuid.uuid4()).encode()])
+
+    cache.after = hear
+    assert await cache.status(agent.serial) == "active"
+    assert cache.queries == 2  # the first might be of before
+    assert cache.cache.kept(agent.serial).valid
+    assert len(cache.cache._answers._last) == 10
 
 
 async def test_notifications_without_end_do_not_keep_a_caller(make: Any, database: Database) -> None:

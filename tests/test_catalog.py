@@ -190,6 +190,7 @@ ALSO_SET = {
     "kakunin.archive_partition(name)": ["lock_timeout=200ms"],
     "kakunin.make_partitions(interval)": ["lock_timeout=200ms"],
     "kakunin.renew_installation()": ["lock_timeout=5s"],
+    "kakunin.continue_ledger()": ["lock_timeout=5s"],
     # What a session has set must not show in an entry.
     "kakunin.record_changes()": [
         "DateStyle=ISO, YMD",
@@ -672,6 +673,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.suspend_agent(%s, 'why')", [agent.agent_id]),
             ("select kakunin.reinstate_agent(%s)", [agent.agent_id]),
             ("select kakunin.rotate_session_key()", []),
+            ("select kakunin.set_replica_lag('1 minute')", []),
             ("select kakunin.revoke_certificate('01:02')", []),
             ("select kakunin.trust_ca(%s)", [authority.der]),
             ("select kakunin.trust_ca(%s)", [issued.der]),
@@ -682,6 +684,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.register_ledger_key(%s)", [ledger_der]),
             ("select kakunin.revoke_ledger_key('00')", []),
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.ledger_home())", []),
             ("select kakunin.make_partitions('4 months')", []),
             ("select kakunin.archive_partition('ledger_200001')", []),
             (key, ["0123456789abcdef", hook, "1 hour"]),
@@ -725,6 +728,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.sleep_ledger()", []),
             ("select kakunin.settle_risk()", []),
             ("select pg_catalog.jsonb_typeof(kakunin.ledger_status())", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.ledger_home())", []),
             ("select kakunin.make_partitions('4 months')", []),
         ],
         "auditor": [
@@ -770,6 +774,7 @@ def servers_calls(login: str, agent: Agent) -> Calls:
             ("select kakunin.set_gateway_logins('{nobody_at_all}')", []),
             ("select kakunin.set_gateway_logins('{}')", []),
             ("select kakunin.renew_installation() is null", []),
+            ("select pg_catalog.jsonb_typeof(kakunin.continue_ledger())", []),
         ],
     }[login]  # fmt: skip
 

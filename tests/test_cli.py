@@ -30,8 +30,17 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from conftest import Database, fresh_database
+from cryptography import x509
 
-from kakunin_db import AgentCredential, CertificateAuthority, LocalSigner, bind_agent_session, cli, commands
+from kakunin_db import (
+    AgentCredential,
+    CertificateAuthority,
+    LocalSigner,
+    bind_agent_session,
+    cli,
+    commands,
+    open_signer,
+)
 from kakunin_db.resources import install_sql
 
 VARIABLES = ("KAKUNIN_DSN", "KAKUNIN_KEYS", "KAKUNIN_CA_KEYS", "KAKUNIN_CRL_URL", "KAKUNIN_KEY_PASSWORD")
@@ -225,6 +234,10 @@ def test_the_life_of_an_agent(acme: Cli) -> None:
     assert certified.lines["actions"] == ["orders:read", "trade:*"]
     assert json.loads(certified["financial_scope"]) == json.loads((folder / "scope.json").read_text())
     assert certified["written"] == "atlas.pem"
+    # What KAKUNIN_SIGNER is for an agent's process.
+    signer = open_signer(certified["signer"])
+    certificate = x509.load_pem_x509_certificate(Path("atlas.pem").read_bytes())
+    assert signer.public_key() == certificate.public_key()
     text = openssl("x509", "-in", "atlas.pem", "-noout", "-text", "-serial", "-enddate")
     assert f"serial={serial.replace(':', '')}" in text
     assert "http://crl.test/" in text

@@ -493,6 +493,23 @@ def test_the_commands_write_files_and_never_over_one(
     assert re.fullmatch(r"supabase/migrations/20\d{12}_kakunin\.sql", written)
     assert Path(written).read_text() == supabase_sql()
 
+    # A second one would stop a push in the middle.
+    assert cli.main(["export", "supabase"]) == 0
+    assert capsys.readouterr().out.split() == ["unchanged", written]
+    earlier = Path(written).read_text()
+    Path(written).write_text(earlier.replace("0001", "0000"))
+    assert cli.main(["export", "supabase"]) == 1
+    said = capsys.readouterr().err
+    assert f"{written} is there already, and is of another version of the kit or was changed" in said
+    assert "delete it and export again" in said
+    Path("supabase/migrations/20200101000000_kakunin.sql").write_text(earlier)  # whatever else there is
+    assert cli.main(["export", "supabase", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "written": [],
+        "unchanged": ["supabase/migrations/20200101000000_kakunin.sql"],
+    }
+    assert len(list(Path("supabase/migrations").iterdir())) == 2
+
     assert cli.main(["export", "sql"]) == 0
     assert capsys.readouterr().out == plain_sql()
     assert cli.main(["export", "sql", "--out", "kit.sql"]) == 0

@@ -262,7 +262,7 @@ OTHER_HASH = "sha256:" + "f" * 64
 def test_an_agent_and_its_certificate_are_kept_as_given(database: Database) -> None:
     agent = ["Agent \u30ab 'x\"; --", "t" * 200, "m" * 200, "v" * 200, HASH]
     agent_id = database.value("registrar", "select kakunin.create_agent(%s, %s, %s, %s, %s)", agent)
-    scope = {"currency": "EUR", "limit": 1000000.5, "nested": {"\u30ab": [1, None, True]}}
+    scope = {"max_single_trade_usd": 1000000.5, "permitted_venues": {"\u30ab": [1, None, True]}}
     actions = ["a", "trade:*", "x.y_z/1-2:B", "a"]
     issued = issue(
         agent_id, tenant="t" * 200, model="m" * 200, model_hash=HASH, permitted_actions=actions,
@@ -634,7 +634,7 @@ VERIFY = "select kakunin.verify_certificate(%s)"
 
 def test_a_certificate_is_verified_by_anybody_with_a_role(database: Database) -> None:
     agent_id = new_agent(database, "Verified", tenant="t", model="m", model_hash=HASH)
-    scope = {"limit": 5}
+    scope = {"daily_limit_usd": 5}
     issued = issue(
         agent_id, tenant="t", model="m", model_hash=HASH, permitted_actions=["a:b"], financial_scope=scope
     )  # fmt: skip
@@ -937,6 +937,7 @@ MAY_CALL = {
     "halt_agent(uuid,text,boolean)": {"operator"},
     "reinstate_agent(uuid)": {"operator"},
     "rotate_session_key(interval)": {"operator"},
+    "set_replica_lag(interval)": {"operator"},
     "protect(regclass,name,name[],text,boolean,boolean,boolean,boolean)": {"operator"},
     "unprotect(regclass)": {"operator"},
     "audit_changes(regclass,boolean,boolean)": {"operator"},
@@ -964,6 +965,7 @@ MAY_CALL = {
     "lead_ledger(uuid,text,interval)": {"worker"},
     "sleep_ledger()": {"worker"},
     "ledger_status()": {"worker", "operator", "auditor"},
+    "ledger_home()": {"worker", "operator", "auditor"},
     "inclusion_proof(bigint,bigint)": {"agent", "gateway", "auditor"},
     "consistency_proof(bigint,bigint)": {"worker", "auditor"},
     "frontier(bigint)": {"auditor"},
@@ -996,6 +998,7 @@ MAY_CALL = {
     "set_gateway_logins(name[],name[])": set(),
     "pre_request()": {"agent", "gateway"},
     "renew_installation()": set(),
+    "continue_ledger()": set(),
 }
 
 
@@ -1254,7 +1257,7 @@ async def test_named_knows_asyncpgs_errors_alone_and_through_sqlalchemy(database
         assert (str(found), found.hint) == ("the thing", "the remedy")
 
 
-@pytest.mark.parametrize("sqlstate", ["42501", "P0001", "KA000", "KA012", "XX000"])
+@pytest.mark.parametrize("sqlstate", ["42501", "P0001", "KA000", "KA013", "XX000"])
 def test_named_leaves_other_errors_alone(database: Database, sqlstate: str) -> None:
     with pytest.raises(psycopg.Error) as caught:
         database.run("stranger", raising(sqlstate))
@@ -1296,13 +1299,21 @@ def test_the_authority_issues_nothing_that_registration_would_refuse(wrong: dict
         issue(**wrong)
 
 
+def test_the_authority_issues_no_limit_that_nothing_enforces() -> None:
+    with pytest.raises(
+        errors.BadInputError, match="what nothing enforces: currency, max_trade_usd"
+    ) as refused:
+        issue(financial_scope={"currency": "EUR", "max_trade_usd": 1, "daily_limit_usd": 1})
+    assert "max_single_trade_usd" in str(refused.value.hint)
+
+
 @pytest.mark.parametrize(
     "certificate",
     [
         {"permitted_actions": ["a" * 128] * 114},  # nearly 16 KiB
         {"permitted_actions": ["a"] * 256},
-        {"financial_scope": {"a": "\\u0000", "\\\\u0000": "\u00e9\x01\U0001f600"}},
-        {"financial_scope": {"a": [1e-300, 1e20, 0.1, -5, None, {"b": []}]}},
+        {"financial_scope": {"permitted_venues": {"a": "\\u0000", "\\\\u0000": "\u00e9\x01\U0001f600"}}},
+        {"financial_scope": {"permitted_venues": [1e-300, 1e20, 0.1, -5, None, {"b": []}]}},
     ],
     ids=lambda c: ascii(c)[:50],
 )

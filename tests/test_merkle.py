@@ -318,5 +318,5 @@ def test_messages_say_what_is_wrong() -> None:
             verify_inclusion(leaf, 0, 2, path, root)
     with pytest.raises(LedgerIntegrityError, match="has none with the index 2"):
         verify_inclusion(leaf, 2, 2, [], root)
-    with pytest.raises(LedgerIntegrityError, match="a tree of 1 entries does not begin with 2"):
+    with pytest.raises(LedgerIntegrityError, match="a tree of 1 entry does not begin with 2"):
         verify_consistency(2, 1, root, root, [])

@@ -205,7 +205,7 @@ def test_hashes_are_equal_exactly_when_the_values_are(one: Any, other: Any) -> N
 
 @pytest.mark.parametrize("model", [None, 1, 1.5, True, ["a"], ("a",), bytearray(b"a"), memoryview(b"a"), {1}])
 def test_another_type(model: Any) -> None:
-    with pytest.raises(BadInputError, match=f"^a model is not {type(model).__name__}$"):
+    with pytest.raises(BadInputError, match=f"(?m)^a model is not {type(model).__name__}$"):
         compute_model_hash(model)
 
 
@@ -234,9 +234,9 @@ def test_no_json(model: Any, message: str) -> None:
 
 
 def test_key_that_is_not_text() -> None:
-    with pytest.raises(BadInputError, match="^a key of model is int, not str$"):
+    with pytest.raises(BadInputError, match="(?m)^a key of model is int, not str$"):
         compute_model_hash({1: 1})  # type: ignore[dict-item]
-    with pytest.raises(BadInputError, match=r"^a key of model\['a'\]\[0\] is NoneType, not str$"):
+    with pytest.raises(BadInputError, match=r"(?m)^a key of model\['a'\]\[0\] is NoneType, not str$"):
         compute_model_hash({"a": [{None: 1}]})
 
 
@@ -342,7 +342,7 @@ def test_file_that_changes_while_it_is_read(
             return ""
 
     monkeypatch.setattr("kakunin_db.model_hash.hashlib.sha256", Changing)
-    with pytest.raises(BadInputError, match="weights' changed while it was read$"):
+    with pytest.raises(BadInputError, match="(?m)weights' changed while it was read$"):
         compute_model_hash(weights)
 
 
@@ -409,7 +409,7 @@ def test_bar_without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     weights = tmp_path / "weights"
     weights.write_bytes(b"w")
     monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(BadInputError, match="^a progress bar needs rich$") as refused:
+    with pytest.raises(BadInputError, match="(?m)^a progress bar needs rich$") as refused:
         compute_model_hash(weights, progress=True)
     assert refused.value.hint == "Run: pip install 'kakunin-db[demo]'"
     assert isinstance(refused.value.__cause__, ImportError)

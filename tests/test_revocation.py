@@ -772,7 +772,13 @@ def test_a_change_and_a_registration_at_once(kit: Database) -> None:
 
 
 def test_it_tells_what_the_certificate_says(kit: Database) -> None:
-    scope = {"max": 10000, "venues": ["NYSE", "\u65e5\u672c"], "ok": True, "none": None}
+    venues = ["NYSE", "\u65e5\u672c"]
+    scope = {
+        "max_single_trade_usd": 10000,
+        "permitted_venues": venues,
+        "leverage_permitted": True,
+        "daily_limit_usd": None,
+    }
     agent_id = create(kit, **FACTS)
     issued = _ca().issue(
         agent_id, signer("agents").public_key(),
@@ -1658,7 +1664,7 @@ def test_a_linter_finds_nothing_but_what_is_listed_here() -> None:
     )
     full = middle.issue(
         uuid.uuid4(), signer("agents").public_key(), permitted_actions=["trade:*", "orders:read"], **FACTS,
-        financial_scope={"max": 1},
+        financial_scope={"daily_limit_usd": 1},
     )  # fmt: skip
     bare = CertificateAuthority.create(signer("Root"), "Root").issue(
         uuid.uuid4(), signer("agents").public_key()

@@ -6,7 +6,6 @@ kms.py has the proxy between boto3 and moto, which answers wrongly when told to,
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import json
 import random
@@ -35,6 +34,7 @@ from kms import (
     SOFTHSM,
     Fault,
     Wire,
+    dripping,
     error,
     good,
     instead,
@@ -53,6 +53,7 @@ from kakunin_db import (
     PKCS11Signer,
     SignerError,
     SignerUnavailableError,
+    aws,
     open_keys,
     open_signer,
 )
@@ -429,31 +430,6 @@ def test_an_answer_that_does_not_come_is_waited_for_no_longer_than_the_timeout(w
     over.set()
 
 
-@contextlib.contextmanager
-def dripping(before: bytes, piece: bytes) -> Iterator[tuple[str, threading.Event, list[float]]]:
-    """A server that answers by drops, each in time, until it is told to stop; and when it was asked."""
-    over = threading.Event()
-    asked: list[float] = []
-
-    def answer(client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
-            client.recv(65536)
-            asked.append(time.monotonic())
-            client.sendall(before)
-            while not over.wait(0.05):
-                client.sendall(piece)
-
-    def accept(listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # closed when the block ends
-            while True:
-                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", over, asked
-        over.set()
-
-
 def ended(check: Callable[[], bool]) -> bool:
     until = time.monotonic() + 10
     while not check() and time.monotonic() < until:
@@ -477,15 +453,15 @@ def test_an_answer_by_drops_is_waited_for_no_longer_than_the_deadline(before: by
         with pytest.raises(SignerUnavailableError, match="GetPublicKey with alias/x: no whole answer within"):
             KMSSigner("alias/x", endpoint_url=url, timeout=1, attempts=4, deadline=0.5)
         assert 0.5 <= time.monotonic() - began < 2
-        assert len(kms._hanging) == 1
+        assert len(kms._in_time.hanging) == 1
         over.set()
         # What was given up asks no more, although botocore would try four times.
-        assert ended(lambda: not kms._hanging)
+        assert ended(lambda: not kms._in_time.hanging)
         assert len(asked) == 1
 
 
 def test_calls_that_hang_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kms, "_MOST_HANGING", 3)
+    monkeypatch.setattr(aws, "_MOST_HANGING", 3)
     with dripping(b"", b"H") as (url, over, asked):
         for _ in range(5):
             with pytest.raises(SignerUnavailableError) as caught:
@@ -493,7 +469,7 @@ def test_calls_that_hang_are_not_piled_up(monkeypatch: pytest.MonkeyPatch) -> No
         assert "3 earlier calls have no answer yet" in str(caught.value)
         assert len(asked) == 3
         over.set()
-        assert ended(lambda: not kms._hanging)
+        assert ended(lambda: not kms._in_time.hanging)
 
 
 def test_nobody_listening_is_to_be_tried_again_later(wire: Wire) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, fresh_database
+from conftest import Agent, Database, OneKey, fresh_database
+from test_worker import running
 
-from kakunin_db import CredentialRejectedError, bind_agent_session
+from kakunin_db import CredentialRejectedError, ReplicaLagError, bind_agent_session
+from kakunin_db.ledger.worker import Worker
 
 COUNT = "select count(*) from vault"
 SERIAL = "select kakunin.current_cert_serial()"
@@ -220,6 +223,111 @@ def test_g1_a_standby_writes_nothing(replicated: Replicated) -> None:
                 connection.execute("select kakunin.bind_session(%s)", [ticket])
             with refused("25006"):
                 connection.execute(statement)
+
+
+def test_g8_a_standby_that_is_cut_off_closes(replicated: Replicated) -> None:
+    """Open transactions, sessions, gateways and new bindings alike, whatever it believes of itself; and all
+    are back with the next commit that it replays."""
+    agent = replicated.agent()
+    credential = agent.credential
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    with replicated.primary.connect("agent_1") as writer, bind_agent_session(writer, credential):
+        writer.execute(COUNT)  # so that the credential has a ticket
+    replicated.primary.run("operator", "select kakunin.set_replica_lag('5 seconds')")
+    replicated.caught_up()
+    with (
+        replicated.replica.connect("postgres", autocommit=True) as admin,
+        replicated.replica.connect("agent_1") as transaction,
+        replicated.replica.connect("agent_1", autocommit=True) as session,
+        replicated.replica.connect("gateway") as gateway,
+    ):
+        transaction.execute("select kakunin.bind_session(%s)", [ticket])
+        session.execute("select kakunin.bind_session(%s, false)", [ticket])
+        gateway.execute("select kakunin.bind_serial(%s)", [agent.serial])
+        bound = (transaction, session, gateway)
+        assert [one(c, COUNT) for c in bound] == [2, 2, 2]
+        # Its receiver goes, and does not come back.
+        admin.execute("alter system set primary_conninfo = 'host=/nowhere'")
+        try:
+            admin.execute("select pg_reload_conf()")
+            end = time.monotonic() + 20
+            while any(one(c, COUNT) for c in bound):
+                assert time.monotonic() < end, "it stays open"
+                time.sleep(0.1)
+            age = one(admin, "select clock_timestamp() - pg_last_xact_replay_timestamp()")
+            assert dt.timedelta(seconds=5) <= age < dt.timedelta(seconds=8)
+            # What it is said to be behind is nothing.
+            assert one(admin, "select pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()")
+            for connection in bound:
+                assert one(connection, SERIAL) is None
+            with refused("KA012"):
+                transaction.execute(REQUIRE)
+            for login, query, parameter in (
+                ("agent_1", "select kakunin.bind_session(%s)", ticket),
+                ("gateway", "select kakunin.bind_serial(%s)", agent.serial),
+                ("auditor", "select kakunin.verify_certificate(%s)", agent.serial),
+            ):
+                with replicated.replica.connect(login) as connection, refused("KA012"):
+                    connection.execute(query, [parameter])
+            with (
+                replicated.replica.connect("agent_1") as reader,
+                pytest.raises(ReplicaLagError, match="has replayed what was committed until"),
+                bind_agent_session(reader, credential),
+            ):
+                reader.execute(COUNT)
+        finally:
+            admin.execute("alter system reset primary_conninfo")
+            admin.execute("select pg_reload_conf()")
+            replicated.primary.run("operator", "select kakunin.set_replica_lag('1 minute')")
+        replicated.caught_up()
+        assert [one(c, COUNT) for c in (session,)] == [2]
+
+
+def test_g8_an_idle_primary_with_a_worker_keeps_its_standby_open(replicated: Replicated) -> None:
+    """Nobody commits anything but the worker its lease."""
+    agent, keys = replicated.agent(), OneKey(replicated.primary.ledger_key())
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.primary.run("operator", "select kakunin.set_replica_lag('5 seconds')")
+    try:
+        with (
+            running(Worker(replicated.primary.dsn("worker"), keys)),
+            replicated.replica.connect("agent_1", autocommit=True) as session,
+        ):
+            replicated.caught_up()
+            session.execute("select kakunin.bind_session(%s, false)", [ticket])
+            end = time.monotonic() + 8
+            while time.monotonic() < end:
+                assert one(session, COUNT) == 2
+                time.sleep(0.1)
+    finally:
+        replicated.primary.run("operator", "select kakunin.set_replica_lag('1 minute')")
+
+
+def test_g8_the_limit_is_a_setting(replicated: Replicated) -> None:
+    """A minute at first; NULL, and it answers as of whenever that was."""
+    for limit in ("'1 second'", "'2 days'", "'-1 minute'"):
+        with replicated.primary.connect("operator") as connection, refused("KA010"):
+            connection.execute(f"select kakunin.set_replica_lag({limit})")
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    clock = (
+        "create or replace function kakunin_private.clock() returns timestamptz"
+        " language sql volatile parallel safe return clock_timestamp() + interval '{}'"
+    )
+    replicated.primary.run("installer", clock.format("2 minutes"))
+    try:
+        replicated.caught_up()
+        with replicated.replica.connect("agent_1") as session, refused("KA012"):
+            session.execute("select kakunin.bind_session(%s)", [ticket])
+        replicated.primary.run("operator", "select kakunin.set_replica_lag(null)")
+        replicated.caught_up()
+        with replicated.replica.connect("agent_1") as session:
+            session.execute("select kakunin.bind_session(%s)", [ticket])
+            assert one(session, COUNT) == 2
+    finally:
+        replicated.primary.run("installer", clock.format("0"))
+        replicated.primary.run("operator", "select kakunin.set_replica_lag('1 minute')")
+        replicated.caught_up()
 
 
 def test_g1_a_credential_bound_on_the_primary_binds_on_the_standby(replicated: Replicated) -> None:

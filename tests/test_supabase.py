@@ -41,6 +41,7 @@ from kakunin_db import (
     bind_agent_session,
 )
 from kakunin_db.errors import named
+from kakunin_db.signers import ECDSASigner, LocalECDSASigner, Signer, open_jwt_signer
 from kakunin_db.tokens import jwks
 
 APIError = client_of_postgrest.APIError
@@ -400,24 +401,31 @@ def wire() -> Iterator[Wire]:
         yield wire
 
 
-@pytest.fixture
-def published(orders: Orders, wire: Wire) -> Iterator[tuple[Orders, Any]]:
+@pytest.fixture(params=[("RS256", "RSA_2048"), ("ES256", "ECC_NIST_P256")], ids=lambda param: param[0])
+def published(
+    request: pytest.FixtureRequest, orders: Orders, wire: Wire
+) -> Iterator[tuple[Orders, Signer | ECDSASigner]]:
     """A project that trusts a key in KMS beside its own secret."""
-    signer = wire.signer(wire.made())
-    orders.rest.restart(jwks=[*jwks([signer.public_key()])["keys"]])
+    alg, spec = request.param
+    signer = open_jwt_signer(f"awskms:{wire.made(spec)}?endpoint={wire.url}")
+    keys = jwks([signer.public_key()])["keys"]
+    assert [key["alg"] for key in keys] == [alg]
+    orders.rest.restart(jwks=keys)
     yield orders, signer
     orders.rest.restart(jwks=[])
 
 
-async def test_a_key_in_kms_signs_for_a_project_that_has_its_jwks(published: tuple[Orders, Any]) -> None:
+async def test_a_key_in_kms_signs_for_a_project_that_has_its_jwks(
+    published: tuple[Orders, Signer | ECDSASigner],
+) -> None:
     orders, signer = published
-    rs256 = {"jwt_secret": None, "jwt_signer": signer}
-    with orders.bind(orders.one, **rs256) as bound:
+    by_kms = {"jwt_secret": None, "jwt_signer": signer}
+    with orders.bind(orders.one, **by_kms) as bound:
         assert contents(bound.table("orders").select("*").order("id").execute()) == ["one-a", "one-b"]
         orders.one.revoke()
         with pytest.raises(APIError, match="revoked"):
             bound.table("orders").select("*").execute()
-    async with await orders.bind_async(orders.two, **rs256) as bound_async:
+    async with await orders.bind_async(orders.two, **by_kms) as bound_async:
         answer = await bound_async.table("orders").select("*").order("id").execute()
         assert contents(answer) == ["two-a", "two-b"]
     with orders.bind(orders.two) as bound:  # the secret goes on being good
@@ -428,6 +436,7 @@ async def test_a_key_that_the_project_does_not_trust_binds_nobody(orders: Orders
     for key in (
         {"jwt_secret": secrets.token_hex(32)},
         {"jwt_secret": None, "jwt_signer": LocalSigner.generate()},
+        {"jwt_secret": None, "jwt_signer": LocalECDSASigner.generate()},
         {"jwt_secret": None, "jwt_signer": orders.one.signer},  # an agent's own is nobody's but its own
     ):
         with pytest.raises(CredentialRejectedError, match="does not accept"):

@@ -78,7 +78,17 @@ def play(node: str, orders: Tables, scenario: str) -> None:
 
 @pytest.mark.parametrize(
     "scenario",
-    ["reading", "writing", "tools", "twoAtOnce", "dynamicSQL", "revoked", "refusedKeys", "anotherHeader"],
+    [
+        "reading",
+        "writing",
+        "tools",
+        "twoAtOnce",
+        "dynamicSQL",
+        "revoked",
+        "refusedKeys",
+        "anotherHeader",
+        "anotherAnswer",
+    ],
 )
 def test_supabase_js(node: str, orders: Tables, scenario: str) -> None:
     play(node, orders, scenario)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import hashlib
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
-from kms import Wire, error, quick_key, serve_kms
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
+from kms import Wire, error, good, instead, quick_key, serve_kms
 
 from kakunin_db import (
     BadInputError,
@@ -24,11 +25,15 @@ from kakunin_db import (
     SignerError,
     SignerUnavailableError,
     cli,
+    open_signer,
 )
 from kakunin_db.client import CertificateVerification
+from kakunin_db.signers import LocalECDSASigner, open_jwt_signer
 from kakunin_db.tokens import AsymmetricKey, Minter, SecretKey, jwk, jwks, key_of, thumbprint
 
 SECRET = "a secret of the project, and of nobody else"
+# A private key whose public half has an x of fewer than 32 bytes.
+SHORT_X = 379
 AGENT = uuid.UUID("7d3b3f0c-54b1-4b7e-a6a1-9a1e0d3a0001")
 
 
@@ -190,22 +195,73 @@ def test_the_thumbprint_is_that_of_rfc_7638() -> None:
     assert jwk(key)["n"] == n
 
 
+def test_an_ec_key_s_coordinates_have_32_bytes_also_where_they_begin_with_0() -> None:
+    key = ec.derive_private_key(SHORT_X, ec.SECP256R1())
+    x = key.public_key().public_numbers().x
+    assert x < 1 << 248
+    published = jwk(key.public_key())
+    assert len(published["x"]) == len(published["y"]) == 43
+    assert jwt.PyJWK(published).key.public_numbers() == key.public_key().public_numbers()
+    required = json.dumps({name: published[name] for name in ("crv", "kty", "x", "y")}, separators=(",", ":"))
+    digest = hashlib.sha256(required.encode()).digest()
+    assert published["kid"] == thumbprint(key.public_key())
+    assert jwt.utils.base64url_decode(published["kid"]) == digest
+
+
 def verified(token: str, published: dict[str, Any]) -> dict[str, Any]:
     """As somebody who has the JWKS and nothing else."""
-    keys = jwt.PyJWKSet.from_dict(published)
-    return read(token, keys[jwt.get_unverified_header(token)["kid"]].key, "RS256")
+    key = jwt.PyJWKSet.from_dict(published)[jwt.get_unverified_header(token)["kid"]]
+    return read(token, key.key, str(key.algorithm_name))
 
 
 def test_the_published_jwks_verifies_tokens_also_after_a_rotation() -> None:
-    old, new = LocalSigner.generate(), LocalSigner.generate()
-    published = jwks([new.public_key(), old.public_key(), new.public_key()])
-    assert len(published["keys"]) == 2
-    for signer in (old, new):
+    old, new, short = LocalSigner.generate(), LocalSigner.generate(), LocalECDSASigner.generate()
+    published = jwks([new.public_key(), old.public_key(), new.public_key(), short.public_key()])
+    assert [key["alg"] for key in published["keys"]] == ["RS256", "RS256", "ES256"]
+    for signer in (old, new, short):
         token = Minter(AsymmetricKey(signer)).mint(certificate())
         assert verified(token.text, published)["sub"] == str(AGENT)
-    stranger = Minter(AsymmetricKey(LocalSigner.generate())).mint(certificate())
-    with pytest.raises(KeyError):
-        verified(stranger.text, published)
+    for signer in (LocalSigner.generate(), LocalECDSASigner.generate()):
+        stranger = Minter(AsymmetricKey(signer)).mint(certificate())
+        with pytest.raises(KeyError):
+            verified(stranger.text, published)
+
+
+def test_an_es256_signature_has_64_bytes_whatever_its_numbers() -> None:
+    signer = LocalECDSASigner(ec.derive_private_key(SHORT_X, ec.SECP256R1()))
+    for n in range(600):  # one in 128 has an r or s of fewer than 32 bytes
+        digest = hashlib.sha256(str(n).encode()).digest()
+        signature = signer.sign(digest)
+        assert len(signature) == 64
+        r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
+        signer.public_key().verify(
+            utils.encode_dss_signature(r, s), digest, ec.ECDSA(utils.Prehashed(hashes.SHA256()))
+        )
+    with pytest.raises(BadInputError):
+        signer.sign(b"short")
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256K1(), ec.SECP384R1()], ids=lambda curve: curve.name)
+def test_only_p_256_signs_es256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, curve: Any) -> None:
+    key = ec.generate_private_key(curve)
+    with pytest.raises(BadInputError, match="P-256|not supported"):
+        LocalECDSASigner(key)
+    with pytest.raises(BadInputError, match="not supported"):
+        jwk(key.public_key())
+    file = tmp_path / "key.pem"
+    save(key, file)
+    monkeypatch.setenv("KAKUNIN_KEY_PASSWORD", "correct horse")
+    with pytest.raises(BadInputError, match="not supported"):
+        Minter(AsymmetricKey(f"file:{file}")).mint(certificate())
+
+
+def test_an_ec_key_signs_jwts_and_nothing_else(tmp_path: Path, wire: Wire) -> None:
+    file = tmp_path / "key.pem"
+    LocalECDSASigner.generate().save(file, b"correct horse")
+    with pytest.raises(BadInputError, match="not an RSA key"):
+        open_signer(f"file:{file}", password=b"correct horse")
+    with pytest.raises(SignerError, match="ECC_NIST_P256"):
+        open_signer(f"awskms:{wire.made('ECC_NIST_P256')}?endpoint={wire.url}")
 
 
 def test_a_key_that_cannot_be_published_signs_nothing() -> None:
@@ -216,9 +272,17 @@ def test_a_key_that_cannot_be_published_signs_nothing() -> None:
         Minter(AsymmetricKey(short)).mint(certificate())
 
 
-def test_kms_signs_and_the_command_publishes_its_key(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
-    name = wire.made()
-    signer = wire.signer(name)
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [("RSA_2048", "KMSSigner"), ("RSA_3072", "KMSSigner"), ("ECC_NIST_P256", "KMSECDSASigner")],
+)
+def test_kms_signs_and_the_command_publishes_its_key(
+    wire: Wire, capsys: pytest.CaptureFixture[str], spec: str, kind: str
+) -> None:
+    name = wire.made(spec)
+    signer = open_jwt_signer(f"awskms:{name}?endpoint={wire.url}")
+    assert signer.key_id == name
+    assert repr(signer) == f"<{kind} {name}>"
     token = Minter(AsymmetricKey(signer)).mint(certificate())
     assert cli.main(["jwks", f"awskms:{name}?endpoint={wire.url}"]) == 0
     assert verified(token.text, json.loads(capsys.readouterr().out))["kakunin_cert_serial"] == "3A:F2:91:CC"
@@ -229,25 +293,50 @@ def test_kms_signs_and_the_command_publishes_its_key(wire: Wire, capsys: pytest.
     wire.fault("Sign", *[error("ThrottlingException")] * 10)
     with pytest.raises(SignerUnavailableError):
         Minter(AsymmetricKey(signer)).mint(certificate())
+    wire.fault("Sign", good)
 
 
+def test_an_es256_signature_of_another_key_in_kms_is_no_signature(wire: Wire) -> None:
+    signer = wire.ecdsa_signer(wire.made("ECC_NIST_P256"))
+    other = ec.generate_private_key(ec.SECP256R1())
+    digest = hashlib.sha256(b"message").digest()
+    signature = other.sign(digest, ec.ECDSA(utils.Prehashed(hashes.SHA256())))
+    for forged in (signature, signature[:-1], b"no signature"):
+        wire.fault("Sign", instead(Signature=forged, KeyId="another"), good)
+        with pytest.raises(SignerError, match="another made it"):
+            signer.sign(digest)
+        assert len(signer.sign(digest)) == 64
+    for spec in ("RSA_2048", "ECC_NIST_P384", "ECC_SECG_P256K1"):
+        with pytest.raises(SignerError, match="ECC_NIST_P256") as refused:
+            wire.ecdsa_signer(wire.made(spec))
+        assert "--key-spec ECC_NIST_P256" in str(refused.value.hint)
+
+
+def save(key: Any, file: Path) -> None:
+    file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"correct horse"),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [quick_key, lambda: ec.generate_private_key(ec.SECP256R1())], ids=["RSA", "EC"]
+)
 def test_a_key_named_by_uri_is_opened_once_and_when_it_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[], Any],
 ) -> None:
     monkeypatch.setenv("KAKUNIN_KEY_PASSWORD", "correct horse")
     file = tmp_path / "key.pem"
     key = AsymmetricKey(f"file:{file}")
     with pytest.raises(SignerError):
         Minter(key).mint(certificate())
-    private = quick_key()
-    file.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.BestAvailableEncryption(b"correct horse"),
-        )
-    )
-    file.chmod(0o600)
+    save(make(), file)
     first = Minter(key).mint(certificate())
     assert cli.main(["jwks", f"file:{file}"]) == 0
     published = json.loads(capsys.readouterr().out)

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import psycopg
 import pytest
 from botocore import exceptions
 from conftest import Database
+from kms import dripping
 from moto import mock_aws
 
 from kakunin_db import LocalSigner
@@ -321,12 +323,12 @@ def refusal(code: str, status: int, message: str = SECRET) -> exceptions.ClientE
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (refusal("SlowDown", 503), WitnessUnavailableError, "SlowDown$"),
-        (refusal("InternalError", 500), WitnessUnavailableError, "InternalError$"),
-        (refusal("ConditionalRequestConflict", 409), WitnessUnavailableError, "Conflict$"),
-        (refusal("SignatureDoesNotMatch", 403), WitnessError, "SignatureDoesNotMatch$"),
-        (refusal("AccessDenied", 403, "no s3:PutObject"), WitnessError, "AccessDenied: no s3:PutObject$"),
-        (exceptions.NoCredentialsError(), WitnessError, r"\(NoCredentialsError\)$"),
+        (refusal("SlowDown", 503), WitnessUnavailableError, "(?m)SlowDown$"),
+        (refusal("InternalError", 500), WitnessUnavailableError, "(?m)InternalError$"),
+        (refusal("ConditionalRequestConflict", 409), WitnessUnavailableError, "(?m)Conflict$"),
+        (refusal("SignatureDoesNotMatch", 403), WitnessError, "(?m)SignatureDoesNotMatch$"),
+        (refusal("AccessDenied", 403, "no s3:PutObject"), WitnessError, "(?m)AccessDenied: no s3:PutObject$"),
+        (exceptions.NoCredentialsError(), WitnessError, r"(?m)\(NoCredentialsError\)$"),
         (exceptions.EndpointConnectionError(endpoint_url="http://h"), WitnessUnavailableError, "http://h"),
         (exceptions.ReadTimeoutError(endpoint_url="http://h"), WitnessUnavailableError, "did not answer"),
         (exceptions.SSLError(endpoint_url="http://h", error="x"), WitnessError, "cannot be trusted"),
@@ -363,6 +365,36 @@ def test_an_answer_that_breaks_off(s3: Any) -> None:
     witness = S3Witness("locked", client=Client(s3, get_object=lambda _: {"Body": Broken()}))
     witness.publish(head(1))
     with pytest.raises(WitnessUnavailableError, match="to the end"):
+        list(witness.heads(ONE))
+
+
+@pytest.mark.parametrize(
+    ("before", "piece"),
+    [(b"", b"H"), (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" ")],
+    ids=["status line", "body"],
+)
+def test_an_answer_by_drops_is_waited_for_no_longer_than_the_deadline(
+    s3: Any, before: bytes, piece: bytes
+) -> None:
+    with dripping(before, piece) as (url, over, _):
+        witness = S3Witness("locked", endpoint_url=url, deadline=0.5)
+        for call in (lambda: witness.publish(head(1)), lambda: list(witness.heads(ONE))):
+            began = time.monotonic()
+            with pytest.raises(WitnessUnavailableError, match="no whole answer within 0.5 s"):
+                call()
+            assert 0.5 <= time.monotonic() - began < 2
+        over.set()
+
+
+def test_a_body_by_drops_is_waited_for_no_longer_than_the_deadline(s3: Any) -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            time.sleep(1)
+            return b"{}"
+
+    witness = S3Witness("locked", client=Client(s3, get_object=lambda _: {"Body": Slow()}), deadline=0.3)
+    witness.publish(head(1))
+    with pytest.raises(WitnessUnavailableError, match=r"GetObject for locked: no whole answer within 0\.3 s"):
         list(witness.heads(ONE))
 
 

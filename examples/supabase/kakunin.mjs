@@ -50,6 +50,8 @@ export async function bindAgentSession(supabase, serial, { key, role = "kakunin_
       .rpc("verify_certificate", { serial });
     if (error) throw new KakuninError(`the certificate could not be verified: ${error.message}`, error.code);
     if (data?.valid !== true) throw new KakuninError(`certificate ${serial} is ${data?.status}`, CODES[data?.status]);
+    if (digits(data.serial_number) !== digits(serial))
+      throw new KakuninError(`asked about certificate ${serial}, the project answered about another`);
     const ends = Math.floor(Date.parse(data.not_after) / 1000);
     const [iat, exp] = [Math.floor(Date.now() / 1000), Math.min(Math.floor(Date.now() / 1000) + lifetime, ends)];
     if (!data.agent_id || !(exp > iat)) throw new KakuninError(`certificate ${serial} is expired`, "KA003");
@@ -77,6 +79,9 @@ export async function bindAgentSession(supabase, serial, { key, role = "kakunin_
 }
 
 const CODES = { unknown: "KA001", revoked: "KA002", expired: "KA003", not_yet_valid: "KA003", suspended: "KA008" };
+
+/** Of a serial in any of its forms. */
+const digits = (serial) => serial.toUpperCase().replace(/^ *0X|[: -]/g, "").replace(/^0+/, "");
 
 const base64url = (value) => Buffer.from(JSON.stringify(value)).toString("base64url");
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from ..credential import AgentCredential
 from ..errors import BadInputError
-from ..signers import Signer
+from ..signers import ECDSASigner, Signer
 from ..tickets import Admission
 from ..tokens import AGENT_ROLE, LIFETIME, Minter, key_of
 from . import psycopg_, sqlalchemy_
@@ -103,7 +103,7 @@ def bind_agent_session(
     credential_or_serial: _Who,
     *,
     jwt_secret: str | bytes | None = ...,
-    jwt_signer: Signer | str | None = ...,
+    jwt_signer: Signer | ECDSASigner | str | None = ...,
     jwt_key_id: str | None = ...,
     role: str = ...,
     audience: str | None = ...,
@@ -117,7 +117,7 @@ def bind_agent_session(
     credential_or_serial: _Who,
     *,
     jwt_secret: str | bytes | None = ...,
-    jwt_signer: Signer | str | None = ...,
+    jwt_signer: Signer | ECDSASigner | str | None = ...,
     jwt_key_id: str | None = ...,
     role: str = ...,
     audience: str | None = ...,
@@ -163,7 +163,8 @@ def bind_agent_session(
     are not for Supabase, and these for nothing else:
 
     :param jwt_secret: the project's JWT secret; signs with HS256. This or ``jwt_signer``.
-    :param jwt_signer: a signer, or its URI (:func:`open_signer`), whose JWKS the project trusts; RS256.
+    :param jwt_signer: a signer, or its URI (:func:`open_signer`), whose JWKS the project trusts: RS256, or
+        ES256 with a P-256 key in a file or in AWS KMS.
     :param jwt_key_id: the ``kid``; by default none with a secret, and the key's RFC 7638 thumbprint.
     :param role: the database's role for the requests; by default ``kakunin_agent``.
     :param audience: ``aud``; by default ``authenticated``, and None leaves it out.
@@ -232,7 +233,7 @@ def _bound(
     binder: str,
     *,
     jwt_secret: str | bytes | None = None,
-    jwt_signer: Signer | str | None = None,
+    jwt_signer: Signer | ECDSASigner | str | None = None,
     jwt_key_id: str | None = None,
     role: str = AGENT_ROLE,
     audience: str | None = "authenticated",

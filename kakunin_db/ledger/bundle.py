@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import serialization
 
 from ..ca import key_id
 from ..errors import BadInputError, LedgerIntegrityError
+from ..logs import counted
 from ..serials import normalize_serial
 from .heads import (
     MAX_AUTHORITIES,
@@ -247,6 +248,7 @@ Kind = Literal[
     "signature_false",
     "tree_head_forked",
     "truncated",
+    "older",
     "malformed",
     "untrusted_key",
     "certificate_false",
@@ -377,6 +379,7 @@ class _Verifier:
         self.stage = 0
         self.authorities: list[x509.Certificate] = []
         self.installation: uuid.UUID | None = None
+        self.made_at = ""
         self.agents: dict[str, str] = {"null": "null"}
         self.wrong_agents: set[tuple[str, str]] = set()
         self.pattern = _ANY_ENTRY
@@ -462,7 +465,7 @@ class _Verifier:
         except (LedgerIntegrityError, BadInputError) as error:
             self.find("malformed", 0, f"The first line is not that of a bundle: {error}.")
             raise _Stop from error
-        self.installation = installation
+        self.installation, self.made_at = installation, content["made_at"]
         self.first_index = self.covered = self.reached = first
         self.expect_first_head = first > 0
         # What a chain was before the bundle is not known.
@@ -519,7 +522,7 @@ class _Verifier:
                 slot.event_id,
             )
         else:
-            self.find("malformed", self.position, f"After {self.position} entries a line is wrong: {why}.")
+            self.find("malformed", self.position, f"After {counted(self.position)} a line is wrong: {why}.")
 
     # Certificates
 
@@ -592,7 +595,7 @@ class _Verifier:
                 self.find(
                     "signature_false" if isinstance(error, FalseSignatureError) else "untrusted_key",
                     head.tree_size,
-                    f"The witness's tree head over {head.tree_size} entries does not verify: {error}.",
+                    f"The witness's tree head over {counted(head.tree_size)} does not verify: {error}.",
                 )
             else:
                 witnessed.append(head)
@@ -610,7 +613,7 @@ class _Verifier:
             head = self.witnesses.pop()
             if head.root != self.frontier.root():
                 size = head.tree_size
-                message = f"The witness has another tree head over {size} entries: the ledger was rewritten."
+                message = f"The witness has another tree head over {counted(size)}: the ledger was rewritten."
                 self.forks.append(Finding("tree_head_forked", head.tree_size, None, message))
 
     def grow(self, listed: bytes) -> None:
@@ -628,10 +631,12 @@ class _Verifier:
             self.trust.verify(head)
         except FalseSignatureError as error:
             size = head.tree_size
-            self.find("signature_false", size, f"The tree head over {size} entries does not verify: {error}.")
+            self.find(
+                "signature_false", size, f"The tree head over {counted(size)} does not verify: {error}."
+            )
         except UntrustedKeyError as error:
             size = head.tree_size
-            self.find("untrusted_key", size, f"The tree head over {size} entries does not verify: {error}.")
+            self.find("untrusted_key", size, f"The tree head over {counted(size)} does not verify: {error}.")
         except LedgerIntegrityError as error:
             self.find("malformed", self.position, f"A tree head is none: {error}.")
         else:
@@ -647,12 +652,12 @@ class _Verifier:
                 self.find(
                     "tree_head_forked",
                     size,
-                    f"A tree head over {size} entries comes after one over {self.last.tree_size}, or is"
+                    f"A tree head over {counted(size)} comes after one over {self.last.tree_size}, or is"
                     " older.",
                 )
                 return
             if size == self.last.tree_size and head.root != self.last.root:
-                self.find("tree_head_forked", size, f"Two signed tree heads over {size} entries differ.")
+                self.find("tree_head_forked", size, f"Two signed tree heads over {counted(size)} differ.")
                 return
         if size != self.position:
             self.misplaced(head)
@@ -699,9 +704,9 @@ class _Verifier:
         size, known = head.tree_size, bool(self.suspects)
         self.tell_suspects("and the signed tree head does not fit")
         if not known:
-            fits = f"the tree head over {self.covered} entries fits, and that over {size} does not"
+            fits = f"the tree head over {counted(self.covered)} fits, and that over {size} does not"
             if not self.covered:
-                fits = f"the tree head over {size} entries does not fit"
+                fits = f"the tree head over {counted(size)} does not fit"
             place = self.find(
                 "altered",
                 self.covered,
@@ -722,21 +727,21 @@ class _Verifier:
                 place = self.find(
                     "missing",
                     self.covered,
-                    f"The tree head over {size} entries comes after {position}: entries from {self.covered}"
+                    f"The tree head over {counted(size)} comes after {position}: entries from {self.covered}"
                     " on were taken out along with their listed hashes.",
                 )
                 self.ahead[size] = place, head.root
             else:
                 self.lost = True
         elif self.boundaries.get(size) == head.root:
-            self.find("reordered", size, f"The tree head over {size} entries stands after {position}.")
+            self.find("reordered", size, f"The tree head over {counted(size)} stands after {position}.")
         else:
             self.tell_suspects("and the signed tree head does not fit")
             if not known and not self.lost:
                 self.find(
                     "inserted",
                     self.covered,
-                    f"The tree head over {size} entries comes after {position}: entries from {self.covered}"
+                    f"The tree head over {counted(size)} comes after {position}: entries from {self.covered}"
                     " on were put in along with their listed hashes.",
                 )
             self.lost = True
@@ -773,7 +778,7 @@ class _Verifier:
             self.find(
                 "inserted" if first < self.covered or not self.lost else "malformed",
                 self.position,
-                f"Hashes from entry {first} on are listed again after {self.position} entries.",
+                f"Hashes from entry {first} on are listed again after {counted(self.position)}.",
             )
             self.lost = True
         before = self.frontier.copy()
@@ -786,7 +791,7 @@ class _Verifier:
         if early == root:
             # So nothing is missing: it was the head.
             size = self.position
-            self.replace(place, "reordered", size, f"The tree head over {size} entries stands before them.")
+            self.replace(place, "reordered", size, f"The tree head over {counted(size)} stands before them.")
         self.progress(self.position)
         return line
 
@@ -893,7 +898,7 @@ class _Verifier:
         try:
             name, content = _parse(line)
         except LedgerIntegrityError as error:
-            self.find("malformed", self.position, f"After {self.position} entries a line is wrong: {error}.")
+            self.find("malformed", self.position, f"After {counted(self.position)} a line is wrong: {error}.")
             return []
         first: int = content["index"] if name == "missing/1" else content["first_index"]
         count: int = content.get("count", 1)
@@ -1160,13 +1165,13 @@ class _Verifier:
             self.find(
                 "truncated",
                 self.position,
-                f"The bundle was made of {size} entries, and {self.position} are listed in it.",
+                f"The bundle was made of {counted(size)}, and {self.position} are listed in it.",
             )
         elif entries != self.entries and not self.count:
             self.find(
                 "truncated",
                 self.position,
-                f"The bundle was made with {entries} entries, and {self.entries} are in it.",
+                f"The bundle was made with {counted(entries)}, and {self.entries} are in it.",
             )
 
     def finish(self) -> None:
@@ -1195,12 +1200,27 @@ class _Verifier:
         self.findings_of_forks()
         if self.witnesses:
             size = self.witnesses[0].tree_size
-            self.find(
-                "truncated",
-                self.position,
-                f"The witness has a tree head over {size} entries, and the ledger ends after"
-                f" {self.position}.",
-            )
+            witness = f"The witness has a tree head over {counted(size)}"
+            ends = f"and the ledger ends after {self.position}"
+            # A ledger that was cut off can be exported with any time in the bundle's first line.
+            if self.made_at < min(_moment(head.timestamp) for head in self.witnesses):
+                self.find(
+                    "older",
+                    self.position,
+                    f"{witness}, {ends}: the bundle says that it was made before, at {self.made_at}."
+                    " Nobody signed that. Export anew, and verify that: what ends there as well was cut off.",
+                )
+            else:
+                self.find("truncated", self.position, f"{witness}, {ends}: its end was cut off.")
+
+
+def _moment(timestamp: int) -> str:
+    """A tree head's as ``made_at`` is written; of one that no calendar has, what is before them all."""
+    try:
+        moment = dt.datetime(1970, 1, 1) + dt.timedelta(milliseconds=timestamp)
+    except OverflowError:
+        return ""
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def verify_bundle(

@@ -18,6 +18,7 @@ from cryptography import x509
 from psycopg.rows import dict_row
 
 from ..errors import BadInputError
+from ..logs import counted
 from .bundle import (
     MAX_LEAVES,
     Finding,
@@ -268,12 +269,12 @@ def _stands(rows: list[dict[str, Any]], chains: dict[int, _Stand], report: Repor
         if sequence < row["sequence"] and not report.archived:
             yield Finding(
                 "missing", report.tree_size, None,
-                f"chain {row['chain']} has {row['sequence']} entries and the ledger {sequence} of them",
+                f"chain {row['chain']} has {counted(row['sequence'])} and the ledger {sequence} of them",
             )  # fmt: skip
         elif sequence > row["sequence"]:
             yield Finding(
                 "inserted", report.tree_size, event_id,
-                f"chain {row['chain']} has {row['sequence']} entries, and event {event_id} would be number"
+                f"chain {row['chain']} has {counted(row['sequence'])}, and event {event_id} would be number"
                 f" {sequence}",
             )  # fmt: skip
         elif sequence == row["sequence"] and digest != bytes(row["head"]).hex():

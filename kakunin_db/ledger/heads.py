@@ -317,7 +317,7 @@ class TrustAnchors:
                 reached.add(certificate)
                 if found.window.start <= found.window.end and not self._has(found):
                     self._authorities.append(found)
-        why = "it leads to no root certificate that was given"
+        why = "it leads to no root certificate that was given; to trust it, give its root as well (--ca)"
         return refused + [(certificate, why) for certificate in lengths if certificate not in reached]
 
     def _has(self, new: _Authority) -> bool:

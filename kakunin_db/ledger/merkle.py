@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from ..errors import BadInputError, LedgerIntegrityError
+from ..logs import counted
 
 HASH_SIZE = 32
 # RFC 6962 section 2.1: the hash of an empty list.
@@ -103,7 +104,7 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
     :raises LedgerIntegrityError: the leaf is not shown to be there.
     """
     if not 0 <= index < size:
-        raise LedgerIntegrityError(f"a tree of {size} entries has none with the index {index}")
+        raise LedgerIntegrityError(f"a tree of {counted(size)} has none with the index {index}")
     place, last, node = index, size - 1, leaf
     for sibling in path:
         if last == 0:
@@ -119,7 +120,7 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
         raise LedgerIntegrityError("the audit path is too short")
     if node != root:
         raise LedgerIntegrityError(
-            f"the audit path of entry {index} does not lead to the root of {size} entries"
+            f"the audit path of entry {index} does not lead to the root of {counted(size)}"
         )
 
 
@@ -132,9 +133,9 @@ def verify_consistency(
     :raises LedgerIntegrityError: that is not shown.
     """
     if not 0 <= first_size <= second_size:
-        raise LedgerIntegrityError(f"a tree of {second_size} entries does not begin with {first_size}")
+        raise LedgerIntegrityError(f"a tree of {counted(second_size)} does not begin with {first_size}")
     wrong = LedgerIntegrityError(
-        f"the tree of {second_size} entries is not shown to begin with that of {first_size} entries"
+        f"the tree of {counted(second_size)} is not shown to begin with that of {counted(first_size)}"
     )
     if first_size in (0, second_size):
         # Both are known without a path.

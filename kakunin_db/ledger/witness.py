@@ -24,7 +24,9 @@ from urllib.parse import unquote, urlsplit
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from ..aws import InTime, check_time
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError
+from ..logs import counted
 from .heads import MAX_INTEGER, TreeHead
 
 _FORMS = (
@@ -35,6 +37,9 @@ _FORMS = (
 # it.
 _TIMEOUT = 5.0
 _ATTEMPTS = 4
+# And seconds for all of a request to S3, with the pauses of botocore's standard mode and the answer's body.
+_DEADLINE = 30.0
+_in_time = InTime()
 # Of a tree head's text, some 1000 bytes with the largest signature.
 _MAX_HEAD = 4096
 # Of S3's codes, those whose message says more than their name, and nothing secret.
@@ -91,7 +96,7 @@ def open_witness(uri: str) -> Witness:
 
 def _conflict(head: TreeHead) -> LedgerIntegrityError:
     return LedgerIntegrityError(
-        f"the witness has another tree head of {head.installation} over {head.tree_size} entries of the same"
+        f"the witness has another tree head of {head.installation} over {counted(head.tree_size)} of the same"
         " time",
         "Compare both: one of them is not of this ledger, or the ledger was rewritten.",
     )
@@ -225,7 +230,7 @@ def _new_client(region: str | None, endpoint_url: str | None) -> Any:
     region = region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "eu-west-1"
     try:
         # A session of its own: boto3's default one is not safe to use from several threads.
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3", region_name=region, endpoint_url=endpoint_url, config=config
         )
     except ValueError as error:
@@ -234,12 +239,15 @@ def _new_client(region: str | None, endpoint_url: str | None) -> Any:
         raise WitnessError(
             f"no client of S3 can be made ({type(error).__name__})", "Check the AWS configuration."
         ) from error
+    client.meta.events.register("before-send.s3", check_time)
+    return client
 
 
 class S3Witness:
     """A bucket with Object Lock: each tree head is an object that nobody can delete or change for
     ``retain_days``, not even the account's root user (compliance mode). The caller needs s3:PutObject,
-    s3:PutObjectRetention, s3:GetObject, s3:GetObjectVersion and s3:ListBucketVersions.
+    s3:PutObjectRetention, s3:GetObject, s3:GetObjectVersion and s3:ListBucketVersions. ``deadline`` is in
+    seconds, for a request in all.
 
     All versions are read: a delete marker, or another object put over one, hides nothing.
     """
@@ -253,11 +261,13 @@ class S3Witness:
         endpoint_url: str | None = None,
         retain_days: int = 365,
         client: Any = None,
+        deadline: float = _DEADLINE,
     ) -> None:
         self._bucket = bucket
         self._prefix = prefix + "/" if prefix else ""
         self._retention = dt.timedelta(days=retain_days)
         self._client = client or _new_client(region, endpoint_url)
+        self._deadline = deadline
 
     def _folder(self, installation: uuid.UUID) -> str:
         return f"{self._prefix}{installation}/"
@@ -320,22 +330,20 @@ class S3Witness:
         which = {} if version == "null" else {"VersionId": version}
         answer = self._call("GetObject", Bucket=self._bucket, Key=key, **which)
         try:
-            with contextlib.closing(answer["Body"]) as body:
-                return TreeHead.from_json(body.read(_MAX_HEAD))
+            return TreeHead.from_json(answer["Body"])
         except LedgerIntegrityError as error:
             raise LedgerIntegrityError(f"{key} in the witness {self._bucket}: {error}") from error
-        except Exception as error:  # urllib3's, of many kinds
-            raise WitnessUnavailableError(
-                f"S3 did not answer s3:GetObject for {self._bucket} to the end", "Try again."
-            ) from error
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """One request; the body of its answer, where it has one, as far as a tree head goes."""
         from botocore import exceptions, parsers  # type: ignore[import-untyped]  # noqa: PLC0415
 
         method = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
         what = f"s3:{operation} for {self._bucket}"
         try:
-            answer: dict[str, Any] = getattr(self._client, method)(**arguments)
+            answer: dict[str, Any] = _in_time(
+                lambda: self._whole(getattr(self._client, method)(**arguments), what), self._deadline
+            )
         except exceptions.ClientError as error:
             raise self._refusal(error.response, what) from error
         except exceptions.SSLError as error:
@@ -343,7 +351,7 @@ class S3Witness:
                 f"S3 cannot be trusted for {what}: {error}",
                 "Check the endpoint and the certificates this machine trusts.",
             ) from error
-        except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
+        except (exceptions.ConnectionError, exceptions.HTTPClientError, TimeoutError) as error:
             raise WitnessUnavailableError(
                 f"S3 did not answer {what}: {error}",
                 "Try again; if it stays so, check the network and the endpoint.",
@@ -355,6 +363,16 @@ class S3Witness:
         except (parsers.ResponseParserError, AttributeError, TypeError, ValueError) as error:
             raise WitnessError(f"what answers {what} does not speak as S3", "Check the endpoint.") from error
         return answer
+
+    @staticmethod
+    def _whole(answer: dict[str, Any], what: str) -> dict[str, Any]:
+        if (body := answer.get("Body")) is None:
+            return answer
+        try:
+            with contextlib.closing(body):
+                return {**answer, "Body": body.read(_MAX_HEAD)}
+        except Exception as error:  # urllib3's, of many kinds
+            raise WitnessUnavailableError(f"S3 did not answer {what} to the end", "Try again.") from error
 
     def _refusal(self, response: dict[str, Any], what: str) -> WitnessError:
         code = str(response.get("Error", {}).get("Code", ""))

@@ -7,7 +7,9 @@ leads does the work, and where two believe that they lead nothing forks.
 What it adds is its memory: it signs no tree head that does not continue the last one that it, a witness, or
 the database before it, had seen signed. A ledger that was put back to an earlier state, by a restore or by a
 failover to a standby that lacked the end of it, is not signed anew. A worker that does not lead keeps its
-memory up as well, and who begins to lead, or is connected anew, asks the witnesses again.
+memory up as well, and who begins to lead, or is connected anew, asks the witnesses again. Where the server
+was promoted, or recovered to a point in time, and neither it nor a witness remembers what was signed last,
+it signs nothing until the owner has said that this is the ledger (kakunin.continue_ledger()).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from psycopg.rows import dict_row
 
 from ..conninfo import lasting
 from ..errors import BadInputError, KakuninError, LedgerIntegrityError, SignerError, named
-from ..logs import say, why
+from ..logs import counted, say, why
 from .heads import TreeHead
 from .merkle import verify_consistency
 from .witness import Witness, WitnessError
@@ -176,6 +178,7 @@ class Worker:
         self._last: _Signed | None = None  # what is signed next has to continue it
         self._published: TreeHead | None = None  # what witnesses are shown
         self._asked = False  # the witnesses, since it leads on this connection
+        self._remembers = False  # what was signed before this server was promoted, if it was
         self._witnessed: dict[int, tuple[float, TreeHead | None]] = {}
         self._signers: dict[str, Signer] = {}
         self._told: dict[str, str] = {}
@@ -362,6 +365,7 @@ class Worker:
         if not self._asked:
             self._learn(connection)
             self._ask_witnesses()
+            self._check_timeline(connection)
             self._asked = True
         due = connection.execute(
             'select tree_size, "timestamp", root, kakunin.installation_id() as installation_id'
@@ -406,6 +410,7 @@ class Worker:
         if installation != self._installation:
             # kakunin.renew_installation() begins another ledger, and its key is another.
             self._installation, self._last, self._published, self._asked = installation, None, None, False
+            self._remembers = False
             self._witnessed.clear()
         row = connection.execute(
             'select installation_id, tree_size, "timestamp", root, key_id, signature from kakunin.tree_heads'
@@ -430,10 +435,26 @@ class Worker:
                 elif seen.tree_size == self._last.tree_size and seen != self._last:
                     raise _behind(seen, seen.tree_size)
 
+    def _check_timeline(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        """Raises LedgerIntegrityError where nobody could tell that the end of the ledger was lost."""
+        if self._remembers or self._witnesses:
+            return
+        home = self._value(connection, "select kakunin.ledger_home()")
+        if home["promoted"]:
+            raise LedgerIntegrityError(
+                f"since the last tree head was signed on timeline {home['home']['timeline']} this server was"
+                f" promoted or recovered to a point in time (timeline {home['here']['timeline']}), and"
+                " neither this worker nor a witness remembers how far the ledger had come",
+                "kakunin-db recover shows what is here, and goes on with it. A worker that has a --witness"
+                " finds out by itself.",
+            )
+        self._remembers = True
+
     def _follow(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Keeps the memory of a worker that does not lead up with the one that does."""
         try:
             self._learn(connection)
+            self._check_timeline(connection)
         except (LedgerIntegrityError, psycopg.Error) as error:
             ours = error if isinstance(error, LedgerIntegrityError) else named(error)
             if not isinstance(ours, LedgerIntegrityError):
@@ -579,9 +600,8 @@ class Worker:
 
 def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
     return LedgerIntegrityError(
-        f"the ledger has been put back: a tree head over {last.tree_size} entries was signed, and now there"
+        f"the ledger has been put back: a tree head over {counted(last.tree_size)} was signed, and now there"
         f" are {size}, or other ones",
-        "Nothing is signed until that is explained. If this is a restored copy, make it a ledger of its own:"
-        " kakunin.renew_installation(). If a standby was promoted that lacked the end, docs/ledger.md"
-        " says what to do.",
+        "Nothing is signed until that is explained. kakunin-db recover --witness shows what is missing, and"
+        " makes what is left a ledger of its own; docs/recovery.md says when.",
     )

@@ -7,7 +7,7 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
 from ..errors import BadInputError, SignerError
 
@@ -27,6 +27,25 @@ class Signer(Protocol):
 
         Raises BadInputError for a digest of another length, SignerError when the key cannot sign, and of
         those SignerUnavailableError when trying again later may help.
+        """
+        ...
+
+
+class ECDSASigner(Protocol):
+    """ECDSA with P-256 and SHA-256 over a digest made by the caller. For JWTs (ES256) and nothing else:
+    whatever the database verifies itself is signed by a :class:`Signer`."""
+
+    @property
+    def key_id(self) -> str:
+        """Names the key for people and logs. Never secret."""
+        ...
+
+    def public_key(self) -> ec.EllipticCurvePublicKey: ...
+
+    def sign(self, digest: bytes) -> bytes:
+        """Signs a SHA-256 digest (32 bytes); returns r and s, each 32 bytes (RFC 7518 section 3.4).
+
+        Raises as :meth:`Signer.sign` does.
         """
         ...
 
@@ -60,6 +79,12 @@ def check_rsa_key(key: rsa.RSAPublicKey) -> None:
         )
 
 
+def check_ec_key(key: ec.EllipticCurvePublicKey) -> None:
+    """Raises BadInputError unless ES256 can be verified with it."""
+    if not isinstance(key.curve, ec.SECP256R1):
+        raise BadInputError(f"an elliptic-curve key on {key.curve.name} is not supported", "Use P-256.")
+
+
 def subject_key_id(key: rsa.RSAPublicKey) -> str:
     """The key's name in every store: what its certificate carries, 40 hexadecimal digits in lower case."""
     return x509.SubjectKeyIdentifier.from_public_key(key).digest.hex()
@@ -77,3 +102,8 @@ def check_signature(key: rsa.RSAPublicKey, signature: bytes, digest: bytes, wron
         key.verify(signature, digest, padding.PKCS1v15(), utils.Prehashed(hashes.SHA256()))
     except InvalidSignature as error:
         raise wrong from error
+
+
+def joined(signature: bytes) -> bytes:
+    """r and s of a DER-encoded ECDSA signature (RFC 3279 section 2.2.3) as RFC 7518 section 3.4 has them."""
+    return b"".join(number.to_bytes(32, "big") for number in utils.decode_dss_signature(signature))

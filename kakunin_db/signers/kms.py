@@ -5,25 +5,31 @@ boto3 comes with the extra ``aws`` and is imported when a client is made.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 
+from ..aws import InTime, check_time
 from ..errors import BadInputError, SignerError, SignerUnavailableError
-from .base import Signer, check_digest, check_rsa_key, check_signature, subject_key_id
+from .base import (
+    Signer,
+    check_digest,
+    check_ec_key,
+    check_rsa_key,
+    check_signature,
+    joined,
+    subject_key_id,
+)
 
-_ALGORITHM = "RSASSA_PKCS1_V1_5_SHA_256"
-_SPECS = ("RSA_2048", "RSA_3072", "RSA_4096")
-_MAKE_ONE = "Make one: aws kms create-key --key-spec RSA_2048 --key-usage SIGN_VERIFY"
+_MAKE_ONE = "Make one: aws kms create-key --key-spec {} --key-usage SIGN_VERIFY"
 
 # A key that was just made is not known everywhere in KMS at once: seconds between attempts to use it.
 _SETTLING = (0.2, 0.4, 0.8, 1.6, 3.2)
@@ -33,13 +39,6 @@ _SETTLING = (0.2, 0.4, 0.8, 1.6, 3.2)
 _TIMEOUT = 3.0
 _ATTEMPTS = 4
 _DEADLINE = 30.0
-
-# Calls that were given up and whose answers still come, and while how many of those nothing more is asked.
-_MOST_HANGING = 16
-_hanging: set[concurrent.futures.Future[Any]] = set()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_hanging.clear)  # it has none of their threads
-_until = threading.local()
 
 # Codes whose message in KMS's answer is worth repeating. Others may quote the request with its session token.
 _TELLING = {
@@ -68,7 +67,10 @@ _CREDENTIALS = {
     "UnrecognizedClientException",
 }
 
+_in_time = InTime()
+
 _Result = TypeVar("_Result")
+_PublicKey = TypeVar("_PublicKey", rsa.RSAPublicKey, ec.EllipticCurvePublicKey)
 
 
 def _region_of(key: str, region: str | None) -> str:
@@ -115,41 +117,8 @@ def _new_client(region: str, endpoint_url: str | None, timeout: float, attempts:
         raise SignerError(
             f"no client of AWS KMS can be made ({type(error).__name__})", "Check the AWS configuration."
         ) from error
-    client.meta.events.register("before-send.kms", _check_time)
+    client.meta.events.register("before-send.kms", check_time)
     return client
-
-
-def _check_time(**_: Any) -> None:
-    """Sends nothing once the call was given up: a key would be made that nobody waits for."""
-    if time.monotonic() > getattr(_until, "moment", float("inf")):
-        raise TimeoutError("the call was given up")
-
-
-def _in_time(call: Callable[[], _Result], deadline: float) -> _Result:
-    """What it returns or raises; TimeoutError where it does neither in ``deadline`` seconds.
-
-    botocore bounds how long each piece of an answer is waited for, and not how many there are. Nothing ends a
-    read from outside, so it goes on in a thread of its own until its answer ends or the process does.
-    """
-    if len(_hanging) >= _MOST_HANGING:
-        raise TimeoutError(f"{_MOST_HANGING} earlier calls have no answer yet")
-    done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
-
-    def run() -> None:
-        _until.moment = time.monotonic() + deadline
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="kakunin kms", daemon=True).start()
-    try:
-        return done.result(deadline)
-    except concurrent.futures.TimeoutError as error:  # TimeoutError itself from Python 3.11 on
-        if not done.done():
-            _hanging.add(done)
-            done.add_done_callback(_hanging.discard)
-        raise TimeoutError(f"no whole answer within {deadline:g} s") from error
 
 
 def _call(client: Any, operation: str, key: str, deadline: float, **arguments: Any) -> dict[str, Any]:
@@ -210,7 +179,7 @@ def _refusal(response: dict[str, Any], operation: str, key: str) -> SignerError:
         "KMSInvalidStateException": f"See its state: aws kms describe-key --key-id {key}; if it waits to be"
         f" deleted: aws kms cancel-key-deletion --key-id {target}",
         "NotFoundException": "Check the key's name, and the account and region it is in.",
-        "InvalidKeyUsageException": _MAKE_ONE,
+        "InvalidKeyUsageException": _MAKE_ONE.format("RSA_2048"),
         "LimitExceededException": "Delete what is not needed, or ask AWS for a higher quota.",
     }
     if code in _CREDENTIALS:
@@ -218,19 +187,9 @@ def _refusal(response: dict[str, Any], operation: str, key: str) -> SignerError:
     return SignerError(message, hints.get(code))
 
 
-class KMSSigner:
-    """An RSA key in AWS KMS, given by id, ARN or alias.
-
-    Its public key is asked for here, once, and pinned: every signature is verified against it before it is
-    returned, so that an alias moved to another key is an error and not a signature nobody accepts.
-
-    ``region`` is by default the ARN's, $AWS_REGION, or eu-west-1. ``timeout`` is in seconds, for connecting
-    and for each piece of an answer; ``attempts`` is how often a request is sent when it is throttled or not
-    answered; ``deadline`` is in seconds, for a call in all. A ``client`` of boto3 brings its own region,
-    endpoint, timeouts and retries. The caller needs kms:GetPublicKey and kms:Sign.
-
-    Raises SignerError when the key cannot sign, and of those SignerUnavailableError when it may later.
-    """
+class _KMSKey(Generic[_PublicKey]):
+    _SPECS: ClassVar[tuple[str, ...]]
+    _ALGORITHM: ClassVar[str]
 
     def __init__(
         self,
@@ -247,18 +206,20 @@ class KMSSigner:
             raise BadInputError("a key in AWS KMS is named by its id, ARN or alias")
         if client is None:
             client = _new_client(_region_of(key, region), endpoint_url, timeout, attempts)
+        self._set(client, key, deadline, _call(client, "GetPublicKey", key, deadline, KeyId=key))
+
+    def _set(self, client: Any, key: str, deadline: float, answer: dict[str, Any]) -> None:
         self._client = client
         self._key = key
         self._deadline = deadline
-        answer = _call(client, "GetPublicKey", key, deadline, KeyId=key)
         self._target: str = answer.get("KeyId") or key
-        self._public_key = _usable(answer, key)
+        self._public_key: _PublicKey = self._usable(answer, key)
 
     @property
     def key_id(self) -> str:
         return self._key
 
-    def public_key(self) -> rsa.RSAPublicKey:
+    def public_key(self) -> _PublicKey:
         return self._public_key
 
     def sign(self, digest: bytes) -> bytes:
@@ -271,7 +232,7 @@ class KMSSigner:
             KeyId=self._key,
             Message=digest,
             MessageType="DIGEST",
-            SigningAlgorithm=_ALGORITHM,
+            SigningAlgorithm=self._ALGORITHM,
         )
         signature: bytes = _part(answer, "Signature", "Sign", self._key)
         wrong = SignerError(
@@ -279,33 +240,100 @@ class KMSSigner:
             f" {answer.get('KeyId')} made it",
             "Let the alias point to that key again, or certify the agent with the new one.",
         )
+        return self._checked(signature, digest, wrong)
+
+    def _usable(self, answer: dict[str, Any], key: str) -> _PublicKey:
+        der: bytes = _part(answer, "PublicKey", "GetPublicKey", key)
+        spec = _spec(answer)
+        usage, algorithms = answer.get("KeyUsage"), answer.get("SigningAlgorithms") or []
+        if spec not in self._SPECS or usage != "SIGN_VERIFY" or self._ALGORITHM not in algorithms:
+            raise SignerError(
+                f"{key} is a key {spec} for {usage}, and signatures are made by one of"
+                f" {', '.join(self._SPECS)} for SIGN_VERIFY with {self._ALGORITHM}",
+                _MAKE_ONE.format(self._SPECS[0]),
+            )
+        try:
+            return self._read(der)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise SignerError(
+                f"AWS KMS gave no usable public key for {key}: {error}", "Check the endpoint and proxies."
+            ) from error
+
+    def _read(self, der: bytes) -> _PublicKey:
+        raise NotImplementedError
+
+    def _checked(self, signature: bytes, digest: bytes, wrong: SignerError) -> bytes:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._key}>"
+
+
+class KMSSigner(_KMSKey[rsa.RSAPublicKey]):
+    """An RSA key in AWS KMS, given by id, ARN or alias.
+
+    Its public key is asked for here, once, and pinned: every signature is verified against it before it is
+    returned, so that an alias moved to another key is an error and not a signature nobody accepts.
+
+    ``region`` is by default the ARN's, $AWS_REGION, or eu-west-1. ``timeout`` is in seconds, for connecting
+    and for each piece of an answer; ``attempts`` is how often a request is sent when it is throttled or not
+    answered; ``deadline`` is in seconds, for a call in all. A ``client`` of boto3 brings its own region,
+    endpoint, timeouts and retries. The caller needs kms:GetPublicKey and kms:Sign.
+
+    Raises SignerError when the key cannot sign, and of those SignerUnavailableError when it may later.
+    """
+
+    _SPECS = ("RSA_2048", "RSA_3072", "RSA_4096")
+    _ALGORITHM = "RSASSA_PKCS1_V1_5_SHA_256"
+
+    def _read(self, der: bytes) -> rsa.RSAPublicKey:
+        key = serialization.load_der_public_key(der)
+        if not isinstance(key, rsa.RSAPublicKey):
+            raise BadInputError("it is not an RSA key")
+        check_rsa_key(key)
+        return key
+
+    def _checked(self, signature: bytes, digest: bytes, wrong: SignerError) -> bytes:
         check_signature(self._public_key, signature, digest, wrong)
         return signature
 
-    def __repr__(self) -> str:
-        return f"<KMSSigner {self._key}>"
+
+class KMSECDSASigner(_KMSKey[ec.EllipticCurvePublicKey]):
+    """A P-256 key in AWS KMS, for JWTs (ES256); otherwise as :class:`KMSSigner`."""
+
+    _SPECS = ("ECC_NIST_P256",)
+    _ALGORITHM = "ECDSA_SHA_256"
+
+    def _read(self, der: bytes) -> ec.EllipticCurvePublicKey:
+        key = serialization.load_der_public_key(der)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise BadInputError("it is not an elliptic-curve key")
+        check_ec_key(key)
+        return key
+
+    def _checked(self, signature: bytes, digest: bytes, wrong: SignerError) -> bytes:
+        try:
+            self._public_key.verify(signature, digest, ec.ECDSA(utils.Prehashed(hashes.SHA256())))
+        except InvalidSignature as error:
+            raise wrong from error
+        return joined(signature)
 
 
-def _usable(answer: dict[str, Any], key: str) -> rsa.RSAPublicKey:
-    der: bytes = _part(answer, "PublicKey", "GetPublicKey", key)
-    spec = answer.get("KeySpec") or answer.get("CustomerMasterKeySpec")
-    usage, algorithms = answer.get("KeyUsage"), answer.get("SigningAlgorithms") or []
-    if spec not in _SPECS or usage != "SIGN_VERIFY" or _ALGORITHM not in algorithms:
-        raise SignerError(
-            f"{key} is a key {spec} for {usage}, and signatures are made by one of"
-            f" {', '.join(_SPECS)} for SIGN_VERIFY with {_ALGORITHM}",
-            _MAKE_ONE,
-        )
-    try:
-        public_key = serialization.load_der_public_key(der)
-        if not isinstance(public_key, rsa.RSAPublicKey):
-            raise BadInputError("it is not an RSA key")
-        check_rsa_key(public_key)
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise SignerError(
-            f"AWS KMS gave no usable public key for {key}: {error}", "Check the endpoint and proxies."
-        ) from error
-    return public_key
+def open_kms_jwt_signer(
+    key: str, *, region: str | None = None, endpoint_url: str | None = None
+) -> KMSSigner | KMSECDSASigner:
+    """The key as the signer of its kind, which KMS is asked for. Raises SignerError."""
+    client = _new_client(_region_of(key, region), endpoint_url, _TIMEOUT, _ATTEMPTS)
+    answer = _call(client, "GetPublicKey", key, _DEADLINE, KeyId=key)
+    kind: type[KMSSigner | KMSECDSASigner]
+    kind = KMSECDSASigner if _spec(answer) in KMSECDSASigner._SPECS else KMSSigner
+    signer = kind.__new__(kind)
+    signer._set(client, key, _DEADLINE, answer)
+    return signer
+
+
+def _spec(answer: dict[str, Any]) -> Any:
+    return answer.get("KeySpec") or answer.get("CustomerMasterKeySpec")
 
 
 class KMSKeys:

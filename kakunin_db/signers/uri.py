@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from ..errors import BadInputError
-from .base import KeyStore, Signer
-from .kms import KMSKeys, KMSSigner
-from .local import LocalKeys, load_signer
+from .base import ECDSASigner, KeyStore, Signer
+from .kms import KMSKeys, KMSSigner, open_kms_jwt_signer
+from .local import LocalKeys, load_jwt_signer, load_signer
 from .pkcs11 import PKCS11Keys, PKCS11Signer, TokenName
 
 _SIGNERS = (
@@ -40,11 +40,8 @@ def open_signer(uri: str, *, password: bytes | None = None) -> Signer:
     if scheme == "file":
         return load_signer(_path(rest, _SIGNERS), _password(password))
     if scheme == "awskms":
-        key, options = _query(rest, {"region", "endpoint"}, _SIGNERS)
-        key = unquote(key)
-        if not re.fullmatch(r"[A-Za-z0-9:/_-]+", key):
-            raise BadInputError("an awskms: URI names a key by id, ARN or alias/...", f"Give {_SIGNERS}.")
-        return KMSSigner(key, region=options.get("region"), endpoint_url=_endpoint(options))
+        key, region, endpoint = _kms_key(rest)
+        return KMSSigner(key, region=region, endpoint_url=endpoint)
     module, token, pin, key_name = _token(rest, _SIGNERS, {"object", "id", "type"})
     if unquote(key_name.get("type", "private")) != "private" or not key_name.keys() & {"object", "id"}:
         raise BadInputError("a pkcs11: URI names a private key by object=, id= or both", f"Give {_SIGNERS}.")
@@ -55,6 +52,17 @@ def open_signer(uri: str, *, password: bytes | None = None) -> Signer:
         label=unquote(key_name["object"]) if "object" in key_name else None,
         id=unquote_to_bytes(key_name["id"]) if "id" in key_name else None,
     )
+
+
+def open_jwt_signer(uri: str) -> Signer | ECDSASigner:
+    """As :func:`open_signer`, for signing JWTs: the key in the file or in AWS KMS may also be a P-256 one."""
+    scheme, rest = _split(uri, _SIGNERS)
+    if scheme == "file":
+        return load_jwt_signer(_path(rest, _SIGNERS), _password(None))
+    if scheme == "awskms":
+        key, region, endpoint = _kms_key(rest)
+        return open_kms_jwt_signer(key, region=region, endpoint_url=endpoint)
+    return open_signer(uri)
 
 
 def open_keys(uri: str, *, password: bytes | None = None) -> KeyStore:
@@ -117,6 +125,15 @@ def _password(password: bytes | None) -> bytes:
     if not password:
         raise BadInputError("a key in a file has a password", "Set KAKUNIN_KEY_PASSWORD.")
     return password
+
+
+def _kms_key(rest: str) -> tuple[str, str | None, str | None]:
+    """Its name, region and endpoint."""
+    key, options = _query(rest, {"region", "endpoint"}, _SIGNERS)
+    key = unquote(key)
+    if not re.fullmatch(r"[A-Za-z0-9:/_-]+", key):
+        raise BadInputError("an awskms: URI names a key by id, ARN or alias/...", f"Give {_SIGNERS}.")
+    return key, options.get("region"), _endpoint(options)
 
 
 def _endpoint(options: dict[str, str]) -> str | None:

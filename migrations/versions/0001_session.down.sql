@@ -37,7 +37,7 @@ begin
     raise exception using errcode = 'KA010',
       message = format('the kit is in use outside its schemas: %s%s',
                        v_list, case when v_count > 20 then format(' and %s more', v_count - 20) else '' end),
-      hint = 'Revoke the agents'' privileges on each table, take its policies off with kakunin.unprotect(table), or drop what is listed; then downgrade again.';
+      hint = 'kakunin-db uninstall takes policies and triggers off and leaves the tables closed. What else is listed has to be dropped.';
   end if;
 end
 $outside$;

@@ -4,6 +4,7 @@ database that can be taken away, and no network."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import threading
@@ -49,6 +50,9 @@ REFUSALS: dict[str, type[KakuninError]] = {
     "down": VerificationUnavailableError,
     "late": VerificationUnavailableError,
 }
+refusals = pytest.mark.parametrize("how", REFUSALS)
+# What a framework shows is to have some of it.
+REASONS = {"denied": "does not permit 'trade.execute'", "suspended": "suspended", "revoked": "revoked"}
 
 
 @pytest.fixture(autouse=True)
@@ -144,14 +148,13 @@ class Scene:
     def dsn(self) -> str:
         return f"host=127.0.0.1 port={self.relay.port} dbname={self.database.name} user=agent_1"
 
-    def client(self) -> Kakunin:
-        self._clients.append(Kakunin(self.dsn, credential=self.agent.credential, timeout=1))
+    def client(self, kind: Any = Kakunin, timeout: float = 1) -> Any:
+        self._clients.append(kind(self.dsn, credential=self.agent.credential, timeout=timeout))
         return self._clients[-1]
 
     def async_client(self) -> AsyncKakunin:
         """The caller closes it, in its loop."""
-        self._clients.append(AsyncKakunin(self.dsn, credential=self.agent.credential, timeout=1))
-        return self._clients[-1]
+        return self.client(AsyncKakunin)
 
     @property
     def scopes(self) -> list[str]:
@@ -160,6 +163,10 @@ class Scene:
     @property
     def error(self) -> type[KakuninError]:
         return REFUSALS[self.how]
+
+    @property
+    def reason(self) -> str:
+        return REASONS.get(self.how, "could not be found out")
 
     @property
     def before(self) -> int:
@@ -201,14 +208,7 @@ class Scene:
 
     def events(self) -> list[tuple[str, dict[str, Any]]]:
         """What the monitors of the clients have recorded."""
-        for client in self._clients:
-            assert monitor_of(client).flush(30)
-        return self.database.run(
-            "auditor",
-            "select event_type, metadata from kakunin.audit_log where agent_id = %s and risk is not null"
-            " order by event_id",
-            [self.agent.agent_id],
-        )
+        return _recorded(self.database, self.agent, self._clients)
 
     def end(self) -> None:
         self._held.close()
@@ -220,12 +220,59 @@ class Scene:
         self.relay.close()
 
 
-def _scene(database: Database, how: str) -> Iterator[Scene]:
-    scene = Scene(database, database.agent(permitted_actions=PERMITTED), Relay(database.cluster.port), how)
+def _recorded(database: Database, agent: Agent, clients: list[Any]) -> list[tuple[str, dict[str, Any]]]:
+    for client in clients:
+        assert monitor_of(client).flush(30)
+    return database.run(
+        "auditor",
+        "select event_type, metadata from kakunin.audit_log where agent_id = %s and risk is not null"
+        " order by event_id",
+        [agent.agent_id],
+    )
+
+
+def _scene(database: Database, how: str, actions: list[str] = PERMITTED) -> Iterator[Scene]:
+    scene = Scene(database, database.agent(permitted_actions=actions), Relay(database.cluster.port), how)
     try:
         yield scene
     finally:
         scene.end()
+
+
+@contextlib.contextmanager
+def refused(database: Database, how: str) -> Iterator[Scene]:
+    """One whose agent may not `trade.execute`, or of whom that cannot be found out, from the beginning."""
+    actions = ["data:read"] if how == "denied" else PERMITTED
+    with contextlib.contextmanager(_scene)(database, how, actions) as scene:
+        scene.strike()
+        yield scene
+
+
+_permitted: list[Scene] = []
+
+
+def permitted(database: Database, client: Any = Kakunin) -> tuple[Agent, Any]:
+    """An agent that is permitted everything in PERMITTED, and its client, closed after the test."""
+    scene = Scene(database, database.agent(permitted_actions=PERMITTED), Relay(database.cluster.port))
+    _permitted.append(scene)
+    return scene.agent, scene.client(client, timeout=30)
+
+
+def events(database: Database, agent: Agent, kakunin: Any) -> list[tuple[str, dict[str, Any]]]:
+    """What was recorded, without how long it took."""
+    return [
+        (event_type, {k: v for k, v in metadata.items() if k not in ("seconds", "framework")})
+        for event_type, metadata in _recorded(database, agent, [kakunin])
+    ]
+
+
+@pytest.fixture(autouse=True)
+def closing() -> Iterator[None]:
+    """What a framework leaves open itself is collected here, where the warning of it is no error."""
+    yield
+    while _permitted:
+        _permitted.pop().end()
+    gc.collect()
 
 
 @pytest.fixture(params=REFUSALS)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pytest
 
 from .chat_server import chat_server
-from .guarding import closing, events, permitted, refusals, refused  # noqa: F401
+from .conftest import events, permitted, refusals, refused
 
 pytest.importorskip("autogen")
 import pydantic
@@ -174,10 +174,10 @@ def test_what_the_model_is_told_of_the_tools_is_what_it_was(database: Any) -> No
 
 @kinds
 @refusals
-def test_no_message_no_model_and_no_tool_of_one_that_may_not(database: Any, why: str, kind: str) -> None:
-    with refused(database, why) as case:
+def test_no_message_no_model_and_no_tool_of_one_that_may_not(database: Any, how: str, kind: str) -> None:
+    with refused(database, how) as case:
         trade = Trade()
-        secured, model = secure(case.kakunin, case.agent, "done", monitored=False)
+        secured, model = secure(case.client(), case.agent, "done", monitored=False)
         secured.register_for_execution(name="trade")(trade.tool)
         user = other()
         for message in ("hello", {"content": None, "tool_calls": [_call()]}):
@@ -252,7 +252,7 @@ def test_run_raises_it_with_its_events(database: Any) -> None:
 def test_functions_given_as_a_map(database: Any) -> None:
     with refused(database, "suspended") as case:
         trade = Trade()
-        secured, _ = secure(case.kakunin, case.agent, "done", function_map={"trade": trade.tool})
+        secured, _ = secure(case.client(), case.agent, "done", function_map={"trade": trade.tool})
         done, answer = secured.execute_function({"name": "trade", "arguments": '{"order": "one"}'})
         assert (done, trade.ran) == (False, [])
         assert "suspended" in answer["content"]

@@ -13,7 +13,7 @@ os.environ |= {"CAMEL_LOGGING_DISABLED": "true", "ANONYMIZED_TELEMETRY": "false"
 import pytest
 
 from .chat_server import ChatServer, chat_server
-from .guarding import closing, events, permitted, refusals, refused  # noqa: F401
+from .conftest import events, permitted, refusals, refused
 
 pytest.importorskip("camel")
 from camel.agents import ChatAgent
@@ -123,11 +123,11 @@ def test_tools_run_once(database: Any, kind: str, tool_kind: str) -> None:
 
 @kinds
 @refusals
-def test_no_model_and_no_tool_of_one_that_may_not(database: Any, why: str, kind: str) -> None:
-    with refused(database, why) as case, chat_server(TRADE, "done") as server:
+def test_no_model_and_no_tool_of_one_that_may_not(database: Any, how: str, kind: str) -> None:
+    with refused(database, how) as case, chat_server(TRADE, "done") as server:
         trade = Trade()
         secured = secure(
-            case.kakunin, case.agent, server, "stream" in kind, tools=[trade.tool], monitored=False
+            case.client(), case.agent, server, "stream" in kind, tools=[trade.tool], monitored=False
         )
         with pytest.raises(case.error, match=case.reason):
             step(kind, secured)
@@ -157,11 +157,11 @@ def test_g3_revoked_by_the_first_of_two_tools(database: Any, kind: str, tool_kin
 @pytest.mark.parametrize("kind", ["sync", "async"])
 @tool_kinds
 @refusals
-def test_a_guarded_tool_of_any_agent(database: Any, why: str, tool_kind: str, kind: str) -> None:
-    with refused(database, why) as case, chat_server(TRADE, "done") as server:
+def test_a_guarded_tool_of_any_agent(database: Any, how: str, tool_kind: str, kind: str) -> None:
+    with refused(database, how) as case, chat_server(TRADE, "done") as server:
         trade = Trade()
         toolkit = KakuninToolkit(
-            case.kakunin, case.agent.agent_id, [trade.kinds[tool_kind]], ["trade.execute"], monitored=False
+            case.client(), case.agent.agent_id, [trade.kinds[tool_kind]], ["trade.execute"], monitored=False
         )
         assert "done" in step(kind, ChatAgent("You trade.", model_of(server), tools=toolkit.get_tools()))
         assert trade.ran == []
@@ -199,7 +199,7 @@ def test_the_three_tools_of_the_kit(database: Any) -> None:
 def test_tools_added_later_and_clones(database: Any) -> None:
     with refused(database, "suspended") as case, chat_server("x") as server:
         trade = Trade()
-        secured = secure(case.kakunin, case.agent, server)
+        secured = secure(case.client(), case.agent, server)
         secured.add_tool(trade.tool)
         secured.add_tools([FunctionTool(trade.tool)])
         cloned = secured.clone()

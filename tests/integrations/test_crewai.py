@@ -19,7 +19,7 @@ os.environ |= {
 import pytest
 
 from .chat_server import chat_server
-from .guarding import closing, events, permitted, refusals, refused  # noqa: F401
+from .conftest import events, permitted, refusals, refused
 
 pytest.importorskip("crewai")
 from crewai import BaseLLM, Crew, Task
@@ -165,10 +165,10 @@ def test_it_says_that_it_mutates(database: Any) -> None:
 
 @kinds
 @refusals
-def test_no_model_and_no_tool_of_one_that_may_not(database: Any, why: str, kind: str) -> None:
-    with refused(database, why) as case:
+def test_no_model_and_no_tool_of_one_that_may_not(database: Any, how: str, kind: str) -> None:
+    with refused(database, how) as case:
         trade, model = Trade(), scripted(TRADE, "done")
-        secured = auditor(case.kakunin, case.agent, model, tools=[trade.tool], monitored=False)
+        secured = auditor(case.client(), case.agent, model, tools=[trade.tool], monitored=False)
         with pytest.raises(case.error, match=case.reason):
             kickoff(kind, secured)
         assert (trade.ran, model._asked) == ([], [])
@@ -191,7 +191,7 @@ def test_g3_revoked_by_the_first_of_two_tools(database: Any, kind: str, tool_kin
 def test_tools_of_the_task_and_by_their_own_ways(database: Any) -> None:
     with refused(database, "suspended") as case:
         trade = Trade()
-        secured = auditor(case.kakunin, case.agent, scripted("done"), monitored=False)
+        secured = auditor(case.client(), case.agent, scripted("done"), monitored=False)
         for each in trade.kinds.values():
             guarded = secured._guard_tool(each)
             assert secured._guard_tool(guarded) is guarded

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from .chat_server import ChatServer, chat_server
-from .guarding import closing, events, permitted, refusals, refused  # noqa: F401
+from .conftest import events, permitted, refusals, refused
 
 pytest.importorskip("google.antigravity")
 
@@ -95,25 +95,26 @@ def test_tools_run_once_while_the_agent_may(database: Any, tmp_path: Path, clien
 
 
 def test_a_tool_that_a_scope_is_missing_for(database: Any, tmp_path: Path) -> None:
-    with refused(database, "scope denied") as case, chat_server(TRADE, READ, "done") as model:
+    with refused(database, "denied") as case, chat_server(TRADE, READ, "done") as model:
         tools = Tools()
-        hooks = get_kakunin_hooks(case.kakunin, case.agent.agent_id, MAPPING)
+        kakunin = case.client()
+        hooks = get_kakunin_hooks(kakunin, case.agent.agent_id, MAPPING)
         assert run(model, tools, hooks, tmp_path, "Trade.") == ["done"]
         assert tools.ran == ["read all"]
         told, _ = model.tool_messages()
         assert "ScopeViolationError" in told
         assert case.reason in told
-        attempts = [m for kind, m in events(database, case.agent, case.kakunin) if kind != "api_call"]
+        attempts = [m for kind, m in events(database, case.agent, kakunin) if kind != "api_call"]
         assert attempts == [{"tool": "execute_trade", "sqlstate": "KA005"}]
 
 
 @refusals
-def test_no_turn_of_an_agent_that_may_not(database: Any, tmp_path: Path, why: str) -> None:
+def test_no_turn_of_an_agent_that_may_not(database: Any, tmp_path: Path, how: str) -> None:
     """Nor is the model asked."""
-    with refused(database, why) as case, chat_server(TRADE, "done") as model:
+    with refused(database, how) as case, chat_server(TRADE, "done") as model:
         tools = Tools()
         hooks = get_kakunin_hooks(
-            case.kakunin, case.agent.agent_id, MAPPING, required_scopes=["trade.execute"], monitored=False
+            case.client(), case.agent.agent_id, MAPPING, required_scopes=["trade.execute"], monitored=False
         )
         with pytest.raises(AntigravityExecutionError, match=case.reason):
             run(model, tools, hooks, tmp_path, "Trade.")
@@ -121,11 +122,11 @@ def test_no_turn_of_an_agent_that_may_not(database: Any, tmp_path: Path, why: st
 
 
 @refusals
-def test_no_tool_of_an_agent_that_may_not(database: Any, tmp_path: Path, why: str) -> None:
+def test_no_tool_of_an_agent_that_may_not(database: Any, tmp_path: Path, how: str) -> None:
     """Also where the hook of the turn is left out."""
-    with refused(database, why) as case, chat_server(TRADE, "done") as model:
+    with refused(database, how) as case, chat_server(TRADE, "done") as model:
         tools = Tools()
-        hooks = get_kakunin_hooks(case.kakunin, case.agent.agent_id, MAPPING, monitored=False)
+        hooks = get_kakunin_hooks(case.client(), case.agent.agent_id, MAPPING, monitored=False)
         only = [hook for hook in hooks if isinstance(hook, KakuninPreToolCallDecideHook)]
         assert run(model, tools, only, tmp_path, "Trade.") == ["done"]
         assert tools.ran == []
