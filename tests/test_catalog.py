@@ -610,7 +610,10 @@ def servers_calls(login: str, agent: Agent) -> Calls:
     """What the other roles may call, with what changes the agent undone again."""
     authority = _ca()
     issued = authority.issue(
-        agent.agent_id, agent.signer.public_key(), permitted_actions=["a:*"], financial_scope={"x": 1}
+        agent.agent_id,
+        agent.signer.public_key(),
+        permitted_actions=["a:*"],
+        financial_scope={"daily_limit_usd": 1},
     )
     register = "select pg_catalog.length(kakunin.register_certificate(%s, '1 hour'))"
     signature = agent.signer.sign(hashlib.sha256(b"payload").digest())

@@ -395,6 +395,7 @@ async def test_each_exception_of_the_sdk(server: Server, sdk: kakunin.Kakunin) -
     for malformed in (
         sdk.agents.create(name="", model="m", version="1", model_hash=HASH),
         sdk.agents.create(name="x", model="m", version="1", model_hash="sha256:abc"),
+        sdk.agents.create(name="x", model="m", version="1", model_hash=HASH, financial_scope={"max_usd": 1}),
         sdk.agents.list(limit=0), sdk.agents.list(limit=1000), sdk.agents.list(status="lost"),
         sdk.events.list(band="critical"), sdk.events.list(before="x"), sdk.events.list(agent_id="x"),
         sdk.events.create(agent_id=agent.id, action_type="certificate.revoked"),

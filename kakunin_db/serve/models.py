@@ -59,12 +59,29 @@ class Nothing(Asked):
     """An empty object, or no content."""
 
 
+Amount = Annotated[int | float, Field(ge=0, le=1e18)]
+
+
+class FinancialScope(Asked):
+    """What a certificate limits its agent to; null, as left out, is no limit."""
+
+    max_single_trade_usd: Amount | None = None
+    daily_limit_usd: Amount | None = None
+    permitted_instruments: list[Text] | None = None
+    permitted_venues: list[Text] | None = None
+    leverage_permitted: bool | None = None
+    max_leverage_ratio: Amount | None = None
+
+    def limits(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
 class CreateAgent(Asked):
     name: Name
     model: Name
     version: Name
     modelHash: Hash | None = None  # noqa: N815
-    financialScope: dict[str, Any] | None = Field(  # noqa: N815
+    financialScope: FinancialScope | None = Field(  # noqa: N815
         None, description="What its certificate is to limit it to."
     )
     metadata: dict[str, Any] | None = Field(
@@ -84,7 +101,7 @@ class Certify(Asked):
     permittedActions: Annotated[list[Action], Field(max_length=256)] | None = Field(  # noqa: N815
         None, description="Default: metadata.scopes of the agent."
     )
-    financialScope: dict[str, Any] | None = Field(  # noqa: N815
+    financialScope: FinancialScope | None = Field(  # noqa: N815
         None, description="Default: what the agent was created with."
     )
 

@@ -173,7 +173,7 @@ async def create_agent(call: Call) -> Any:
             version=asked.version,
             model_hash=asked.modelHash,
             metadata=asked.metadata or {},
-            financial_scope=asked.financialScope,
+            financial_scope=None if asked.financialScope is None else asked.financialScope.limits(),
         ),
     )
     return await _shown(call, agent_id)
@@ -308,7 +308,7 @@ async def certify(call: Call) -> Any:
             f"agent {agent.agent_id} has an active certificate, {found.serial}",
             hint="Revoke that, or have an operator renew it with kakunin-db agent rotate.",
         )
-    scope = found.financial_scope if asked.financialScope is None else asked.financialScope
+    scope = found.financial_scope if asked.financialScope is None else asked.financialScope.limits()
     certificate = await call.backend.client("registrar").agents.certify(
         agent, permitted_actions=actions, financial_scope=scope, lifetime=settings.lifetime
     )
