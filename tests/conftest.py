@@ -46,10 +46,10 @@ API_ROLES = ["anon", "authenticated"]
 # Files of few tests that take long. Processes begin with these and go on with the files of the most tests, so
 # that at the end none waits long for another.
 FIRST = {
-    "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
-    "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql", "test_mcp_ts",
-    "test_pgbouncer", "test_postgrest", "test_recovery", "test_standby", "test_supabase_wire", "test_wheel",
-    "test_worker",
+    "test_attack_halt", "test_audit_cli", "test_cache", "test_cli", "test_crash", "test_demo",
+    "test_examples", "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql",
+    "test_mcp_ts", "test_pgbouncer", "test_postgrest", "test_recovery", "test_standby", "test_supabase",
+    "test_supabase_js", "test_supabase_wire", "test_wheel", "test_worker",
 }  # fmt: skip
 
 
