@@ -69,7 +69,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# A process a core, each with servers of its own.
+# A process a core and one, each with servers of its own (tests/conftest.py).
 check: $(READY)
 	$(BIN)/pytest $(PARALLEL)
 

@@ -11,16 +11,6 @@ from .commands import Refused
 
 def serve(options: argparse.Namespace) -> int:
     """Serves one agent's tools over stdio."""
-    try:
-        import anyio  # noqa: PLC0415
-
-        from .mcp import server  # noqa: PLC0415
-    except ImportError as error:
-        if (error.name or "").startswith("kakunin_db"):
-            raise
-        raise Refused(
-            f"the MCP server needs {error.name or error}", "Run: pip install 'kakunin-db[mcp]'"
-        ) from error
     from .mcp.session import Session  # noqa: PLC0415
     from .mcp.sql_tool import Limits, SQLTool  # noqa: PLC0415
     from .serials import normalize_serial  # noqa: PLC0415
@@ -41,6 +31,17 @@ def serve(options: argparse.Namespace) -> int:
     try:
         limits = Limits(options.max_rows, options.max_bytes, options.timeout)
         sql_tool = SQLTool(session, limits) if options.sql else None
+        # Not before all is well: the SDK takes longer to import than everything up to here.
+        try:
+            import anyio  # noqa: PLC0415
+
+            from .mcp import server  # noqa: PLC0415
+        except ImportError as error:
+            if (error.name or "").startswith("kakunin_db"):
+                raise
+            raise Refused(
+                f"the MCP server needs {error.name or error}", "Run: pip install 'kakunin-db[mcp]'"
+            ) from error
         anyio.run(server.serve, session, sql_tool)
     finally:
         session.close()

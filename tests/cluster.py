@@ -113,6 +113,7 @@ class Cluster:
         self._kept: dict[tuple[str, str], psycopg.Connection[Any]] = {}
         self.settings = {
             "fsync": "off",
+            "full_page_writes": "off",  # processes are killed here, and the machine is not
             "jit": "off",  # Debian's 15 would take seconds to compile what takes milliseconds to run
             "max_connections": "80",
             "listen_addresses": "127.0.0.1",

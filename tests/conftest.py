@@ -7,6 +7,7 @@ import datetime as dt
 import functools
 import hashlib
 import itertools
+import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -45,25 +46,33 @@ API_ROLES = ["anon", "authenticated"]
 # Files of few tests that take long. Processes begin with these and go on with the files of the most tests, so
 # that at the end none waits long for another.
 FIRST = {
-    "test_attack_halt", "test_audit_cli", "test_cli", "test_crash", "test_demo", "test_examples",
-    "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql", "test_mcp_ts",
-    "test_pgbouncer", "test_postgrest", "test_recovery", "test_standby", "test_supabase_wire", "test_wheel",
-    "test_worker",
+    "test_attack_halt", "test_audit_cli", "test_cache", "test_cli", "test_crash", "test_demo",
+    "test_examples", "test_failover", "test_install", "test_ledger_tamper", "test_mcp", "test_mcp_sql",
+    "test_mcp_ts", "test_pgbouncer", "test_postgrest", "test_recovery", "test_standby", "test_supabase",
+    "test_supabase_js", "test_supabase_wire", "test_wheel", "test_worker",
 }  # fmt: skip
 
 
 # Where several majors are tested in one run: what is a matter of moments and not of versions is tested on the
-# newest alone, and what is of the Python around the SQL on one of them. `make test-all` has all on each.
+# newest alone, and what is of the Python around the SQL on one of them: files, and tests of a file.
+# `make test-all` has all on each.
 NEWEST = {
     "test_bundle", "test_cache", "test_cli", "test_client", "test_crash", "test_failover", "test_mcp_ts",
     "test_supabase_js", "test_wheel", "test_worker",
 }  # fmt: skip
 OLDEST = {
-    "test_acting", "test_attempts", "test_integrations", "test_mcp", "test_mcp_examples", "test_mcp_sql",
-    "test_mcp_wire", "test_middleware", "test_middleware_proof", "test_middleware_servers", "test_monitoring",
-    "test_serve_attacks", "test_serve_example", "test_serve_schema", "test_serve_shims", "test_signers",
-    "test_supabase_wire", "test_webhooks", "test_witness",
+    "test_acting", "test_attempts", "test_install::test_plain_alembic", "test_integrations", "test_mcp",
+    "test_mcp_examples", "test_mcp_sql", "test_mcp_wire", "test_middleware", "test_middleware_proof",
+    "test_middleware_servers", "test_monitoring", "test_serve_attacks", "test_serve_example",
+    "test_serve_schema", "test_serve_shims", "test_signers", "test_supabase_wire", "test_webhooks",
+    "test_witness",
 }  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)  # where xdist is not installed
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: much of what is tested waits for something."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(trylast=True)  # the tests of a file and major stay together, as pytest's fixtures have them
@@ -75,7 +84,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function)
         and hasattr(item, "callspec")
         and (major := item.callspec.params.get("cluster")) is not None
-        and major != one_major.get(item.path.stem, major)
+        and major
+        != one_major.get(item.path.stem, one_major.get(f"{item.path.stem}::{item.originalname}", major))
     ]
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
@@ -318,7 +328,8 @@ def fresh_database(cluster: Cluster, template: str = "kit_template") -> Iterator
     name = f"db_{next(_names)}"
     cluster.release(template)
     with cluster.session("postgres", "postgres") as admin:
-        admin.execute(f"create database {name} template {template}")
+        # Half the work of going through the log.
+        admin.execute(f"create database {name} template {template} strategy file_copy")
     try:
         with cluster.session("postgres", "postgres") as admin:
             admin.execute(f"grant create on database {name} to installer")

@@ -183,7 +183,11 @@ class Book:
         ]
 
     def copy(self) -> Book:
-        return copy.deepcopy(self)
+        # What a leaf holds is immutable, as a head is.
+        other = copy.copy(self)
+        other.entries = [copy.copy(leaf) for leaf in self.entries]
+        other.hashes, other.heads = [*self.hashes], [*self.heads]
+        return other
 
     def relist(self) -> Book:
         """The listed hashes are those of the entries as they are now."""

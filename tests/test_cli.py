@@ -203,6 +203,16 @@ def openssl(*arguments: object, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def test_a_command_imports_what_it_needs() -> None:
+    """Half of the time in which most of them start would be SQLAlchemy's."""
+    program = (
+        "import sys, kakunin_db.cli\n"
+        "names = ('alembic', 'boto3', 'mcp', 'pkcs11', 'psycopg_pool', 'sqlalchemy', 'supabase')\n"
+        "assert not [name for name in names if name in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 # A whole life ----------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ class Empty:
 def empty_database(cluster: Cluster) -> Iterator[Empty]:
     database = Empty(cluster)
     with cluster.connect(autocommit=True) as admin:
-        admin.execute(f"create database {database.name} template template0")
+        admin.execute(f"create database {database.name} template template0 strategy file_copy")
         admin.execute(f"grant create on database {database.name} to installer")
     try:
         yield database

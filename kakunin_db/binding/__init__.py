@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any, overload
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, sessionmaker
 
 from ..credential import AgentCredential
 from ..errors import BadInputError
 from ..signers import ECDSASigner, Signer
 from ..tickets import Admission
 from ..tokens import AGENT_ROLE, LIFETIME, Minter, key_of
-from . import psycopg_, sqlalchemy_
+from . import psycopg_
 from .attempts import flush_attempts, recorder
 from .bearer import Bearer
 
 if TYPE_CHECKING:
     import supabase
     from psycopg_pool import AsyncConnectionPool, ConnectionPool
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
 
     from ..cache import AsyncCertificateCache, CertificateCache
     from .supabase_ import BoundAsyncClient, BoundClient
@@ -198,25 +198,20 @@ def bind_agent_session(
         recorder=recorder if record_attempts else None,
         attempts_dsn=attempts_dsn,
     )
-    # Not imported unless the caller has: the pool is an extra.
-    pool = sys.modules.get("psycopg_pool")
     binders: list[tuple[Any, Any]] = [
         (psycopg.Connection, psycopg_.Binding),
         (psycopg.AsyncConnection, psycopg_.AsyncBinding),
-        (Connection, sqlalchemy_.bind_connection),
-        (AsyncConnection, sqlalchemy_.bind_async_connection),
-        (Engine, sqlalchemy_.bind_engine),
-        (AsyncEngine, sqlalchemy_.bind_async_engine),
-        (Session, sqlalchemy_.bind_session),
-        (AsyncSession, sqlalchemy_.bind_async_session),
-        (sessionmaker, sqlalchemy_.bind_sessionmaker),
-        (async_sessionmaker, sqlalchemy_.bind_async_sessionmaker),
     ]
-    if pool is not None:
+    # Not imported unless the caller has: the pool is an extra, and SQLAlchemy takes half a second.
+    if (pool := sys.modules.get("psycopg_pool")) is not None:
         binders += [
             (pool.ConnectionPool, psycopg_.bind_pool),
             (pool.AsyncConnectionPool, psycopg_.bind_async_pool),
         ]
+    if "sqlalchemy" in sys.modules:
+        from .sqlalchemy_ import BINDERS  # noqa: PLC0415
+
+        binders += BINDERS
     for kind, binder in binders:
         if isinstance(client, kind):
             return binder(client, bearer)

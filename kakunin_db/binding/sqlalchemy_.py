@@ -377,3 +377,15 @@ async def bind_async_sessionmaker(
 ) -> AsyncIterator[AsyncSession]:
     async with maker() as session, bind_async_session(session, bearer):
         yield session
+
+
+BINDERS: tuple[tuple[Any, Any], ...] = (
+    (Connection, bind_connection),
+    (AsyncConnection, bind_async_connection),
+    (Engine, bind_engine),
+    (AsyncEngine, bind_async_engine),
+    (Session, bind_session),
+    (AsyncSession, bind_async_session),
+    (sessionmaker, bind_sessionmaker),
+    (async_sessionmaker, bind_async_sessionmaker),
+)
