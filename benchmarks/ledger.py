@@ -262,7 +262,8 @@ def grow(cluster: Cluster, sizes: list[int]) -> None:
                     " pg_current_xact_id(), %s || g from generate_series(1, %s) g",
                     [uuid.UUID(int=2), ENTRY, count],
                 )
-                admin.execute("select kakunin.seal_ledger()")
+                while admin.execute("select (kakunin.seal_ledger() -> 'more')::boolean").fetchone() == (True,):
+                    pass
                 size += count
             admin.execute("analyze kakunin_private.ledger")
             seals, proofs, appends, states = [], [], [], []

@@ -1042,10 +1042,11 @@ begin
       end if;
     end if;
   end loop;
+  -- The moment in a subselect: a volatile function beside an indexed column would be asked of every row.
   delete from kakunin_private.risk_hours h
-   where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < kakunin_private.clock() - interval '60 days' order by o.hour limit 1000 for update skip locked));
+   where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < (select kakunin_private.clock() - interval '60 days') order by o.hour limit 1000 for update skip locked));
   delete from kakunin_private.spending p
-   where p.ctid = any (array(select o.ctid from kakunin_private.spending o where o.day < kakunin_private.clock() - interval '3 days' order by o.day limit 1000 for update skip locked));
+   where p.ctid = any (array(select o.ctid from kakunin_private.spending o where o.day < (select kakunin_private.clock() - interval '3 days') order by o.day limit 1000 for update skip locked));
   return v_settled;
 end
 $$;

@@ -260,7 +260,7 @@ declare
 begin
   with old as materialized (
     select m.message_id from kakunin_private.webhook_messages m
-     where m.created_at < kakunin_private.clock() - interval '720 hours'
+     where m.created_at < (select kakunin_private.clock() - interval '720 hours')  -- once, so that an index bounds it
        and not exists (select from kakunin_private.webhook_deliveries d
                          join kakunin_private.webhook_endpoints e on e.endpoint_id = d.endpoint_id
                         where d.message_id = m.message_id and d.state = 'pending' and e.disabled_at is null)

@@ -4928,10 +4928,11 @@ begin
       end if;
     end if;
   end loop;
+  -- The moment in a subselect: a volatile function beside an indexed column would be asked of every row.
   delete from kakunin_private.risk_hours h
-   where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < kakunin_private.clock() - interval '60 days' order by o.hour limit 1000 for update skip locked));
+   where h.ctid = any (array(select o.ctid from kakunin_private.risk_hours o where o.hour < (select kakunin_private.clock() - interval '60 days') order by o.hour limit 1000 for update skip locked));
   delete from kakunin_private.spending p
-   where p.ctid = any (array(select o.ctid from kakunin_private.spending o where o.day < kakunin_private.clock() - interval '3 days' order by o.day limit 1000 for update skip locked));
+   where p.ctid = any (array(select o.ctid from kakunin_private.spending o where o.day < (select kakunin_private.clock() - interval '3 days') order by o.day limit 1000 for update skip locked));
   return v_settled;
 end
 $$;
@@ -6334,7 +6335,7 @@ declare
 begin
   with old as materialized (
     select m.message_id from kakunin_private.webhook_messages m
-     where m.created_at < kakunin_private.clock() - interval '720 hours'
+     where m.created_at < (select kakunin_private.clock() - interval '720 hours')  -- once, so that an index bounds it
        and not exists (select from kakunin_private.webhook_deliveries d
                          join kakunin_private.webhook_endpoints e on e.endpoint_id = d.endpoint_id
                         where d.message_id = m.message_id and d.state = 'pending' and e.disabled_at is null)
