@@ -262,8 +262,10 @@ def grow(cluster: Cluster, sizes: list[int]) -> None:
                     " pg_current_xact_id(), %s || g from generate_series(1, %s) g",
                     [uuid.UUID(int=2), ENTRY, count],
                 )
-                while admin.execute("select (kakunin.seal_ledger() -> 'more')::boolean").fetchone() == (True,):
-                    pass
+                while True:
+                    (sealed,) = admin.execute("select kakunin.seal_ledger()").fetchone()
+                    if not sealed["more"]:
+                        break
                 size += count
             admin.execute("analyze kakunin_private.ledger")
             seals, proofs, appends, states = [], [], [], []
