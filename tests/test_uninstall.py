@@ -148,7 +148,7 @@ def test_it_happens_whole_or_not_at_all(database: Database) -> None:
     dsn = database.dsn("postgres")
     database.run("app", "create view v as select kakunin.current_cert_serial()")
     before = everything(dsn)
-    with pytest.raises(BadInputError, match=r"in use outside its schemas: view public\.v$"):
+    with pytest.raises(BadInputError, match=r"(?m)in use outside its schemas: view public\.v$"):
         uninstall(dsn, plan(dsn, without_export=True))
     assert everything(dsn) == before
 
