@@ -280,6 +280,57 @@ def test_a_copy_made_from_a_template_is_another_place(origin: Origin, recover: R
         copy.sign()
 
 
+def test_a_dump_restored_in_place_does_not_fork_the_tree(
+    origin: Origin, tmp_path: Path, recover: Recover
+) -> None:
+    """In the same database of the same server, and on the same timeline: the table is another one."""
+    database, cluster = origin.database, origin.database.cluster
+    file = dump(database, tmp_path / "dump")
+    append(database, origin.agent, 3)
+    latest = origin.sign()
+    cluster.release(database.name)
+    with database.connect("postgres") as admin:
+        admin.execute("drop table vault")
+        admin.execute("drop schema kakunin, kakunin_private cascade")
+    call(program(cluster, "pg_restore"), "--exit-on-error", "-d", database.dsn("postgres"), file)
+    assert status(database)["signed_size"] < latest
+    origin.serves()
+    origin.signs_nothing(remembers=False)
+    code, said, _ = recover(database)
+    assert (code, said["state"], said["moved"]) == (1, "moved", True)
+    assert said["home"]["database"] == said["here"]["database"]
+    assert said["home"]["ledger"] != said["here"]["ledger"]
+    code, _, note = recover(database, "--continue", "--witness", origin.witness_uri)
+    assert code == 1
+    assert "second history" in note
+    assert recover(database, "--renew", "--witness", origin.witness_uri)[0] == 0
+    renewed = Origin(database, origin.agent, database.ledger_key(), origin.witness_uri)
+    renewed.goes_on()
+    assert audit_verify(renewed, tmp_path) == 0
+
+
+@pytest.mark.parametrize("witnessed", [False, True], ids=["no witness", "an empty witness"])
+def test_a_witness_that_has_nothing_remembers_nothing(
+    origin: Origin, tmp_path: Path, witnessed: bool
+) -> None:
+    """A server on another timeline, and a worker that has just begun: a new bucket tells no more than none."""
+    origin.database.run("installer", "update kakunin_private.home set timeline = timeline + 1")
+    empty = Origin(origin.database, origin.agent, origin.key, f"file:{tmp_path}/empty.jsonl")
+    empty.signs_nothing(remembers=witnessed)
+    origin.goes_on()
+
+
+def test_a_ledger_settles_with_its_timeline(cluster: Cluster) -> None:
+    """Before its first tree head: a recovery to a point before that one is told by it."""
+    with fresh_database(cluster) as database:
+        home = "select kakunin.ledger_home()"
+        assert database.value("worker", home)["home"] is None
+        database.ledger_key()
+        said = database.value("worker", home)
+        assert said["home"] == said["here"]
+        assert said["home"]["timeline"] >= 1
+
+
 @pytest.mark.usefixtures("roles")
 def test_the_kit_is_dumped_and_restored_by_its_owner(
     origin: Origin, elsewhere: Cluster, tmp_path: Path, recover: Recover
