@@ -69,10 +69,11 @@ def migrate_sql(revision: str = "head") -> str:
     return output.getvalue()
 
 
-def downgrade_sql(revision: str = "base") -> str:
+def downgrade_sql(revision: str = "base", *, before: Sequence[str] = ()) -> str:
     """The script of :func:`downgrade` for ``psql``. ``<from>:<to>`` starts elsewhere than at the newest."""
     output = io.StringIO()
     config = _config(output)
+    config.attributes["first"] = before
     if ":" not in revision:
         revision = f"{ScriptDirectory.from_config(config).get_current_head()}:{revision}"
     command.downgrade(config, revision, sql=True)
@@ -117,8 +118,8 @@ def _run(
     return Change(_only(config.attributes["before"]), _only(config.attributes["after"]))
 
 
-# Whoever holds a lock on what a migration changes: something of the kit's, or a table with policies or triggers
-# that ask it. A prepared transaction has no process.
+# Whoever holds a lock on what a migration changes: something of the kit's, or a table with policies or
+# triggers that ask it. A prepared transaction has no process.
 _HOLDERS = """
 select string_agg(format('%s (%s) holds %s on %s', coalesce('process ' || pid, 'a prepared transaction'),
                          login, mode, name), '; ' order by pid, name)
@@ -131,7 +132,8 @@ select string_agg(format('%s (%s) holds %s on %s', coalesce('process ' || pid, '
            and (n.nspname in ('kakunin', 'kakunin_private')
                 or exists (select from pg_depend d join pg_proc p on p.oid = d.refobjid
                              join pg_namespace k on k.oid = p.pronamespace
-                            where d.refclassid = 'pg_proc'::regclass and k.nspname in ('kakunin', 'kakunin_private')
+                            where d.refclassid = 'pg_proc'::regclass
+                              and k.nspname in ('kakunin', 'kakunin_private')
                               and (d.classid = 'pg_policy'::regclass
                                    and d.objid in (select y.oid from pg_policy y where y.polrelid = c.oid)
                                    or d.classid = 'pg_trigger'::regclass

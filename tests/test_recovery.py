@@ -316,7 +316,7 @@ def test_a_dump_restored_in_place_does_not_fork_the_tree(
 def test_a_witness_that_has_nothing_remembers_nothing(
     origin: Origin, tmp_path: Path, witnessed: bool
 ) -> None:
-    """A server on another timeline, and a worker that has just begun: a new bucket tells no more than none."""
+    """Another timeline, and a worker that has just begun: a new bucket tells no more than none."""
     origin.database.run("installer", "update kakunin_private.home set timeline = timeline + 1")
     empty = Origin(origin.database, origin.agent, origin.key, f"file:{tmp_path}/empty.jsonl")
     empty.signs_nothing(remembers=witnessed)
@@ -328,9 +328,7 @@ def test_recover_names_who_keeps_it_waiting(origin: Origin, recover: Recover) ->
     database = origin.database
     database.run("installer", "update kakunin_private.home set database = 1")
     with database.connect("agent_1") as session:
-        session.execute(
-            "select kakunin.bind_session(%s)", [database.ticket(origin.agent, "agent_1")]
-        )
+        session.execute("select kakunin.bind_session(%s)", [database.ticket(origin.agent, "agent_1")])
         session.execute("select kakunin.audit_log_append('api_call')")
         for option in ("--continue", "--renew"):
             code, _, note = recover(database, option, "--without-witness")

@@ -441,7 +441,7 @@ class Worker:
         if self._remembers:
             return
         home = self._value(connection, "select kakunin.ledger_home()")
-        # One that has no tree head of this ledger (a new bucket, a path mistyped) knows of none that was lost.
+        # A witness that has none of this ledger (a new bucket, a path mistyped) knows of none that is gone.
         if home["promoted"] and not any(
             True for witness in self._witnesses for _ in witness.heads(self._installation)
         ):
