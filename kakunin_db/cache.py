@@ -179,12 +179,18 @@ class _Answers(Generic[F]):
 
 def _query(serial: str) -> Query:
     # The server's clock beside its answer: what is left of a certificate's time is the difference.
-    return Query(f"select clock_timestamp() as asked_at, {VERIFY_CERTIFICATE}", [serial])
+    return Query(
+        f"select clock_timestamp() as asked_at, pg_is_in_recovery() as is_replica, {VERIFY_CERTIFICATE}",
+        [serial],
+    )
 
 
 def _landed(row: dict[str, Any], begun: float, ttl: float) -> tuple[CertificateVerification, float]:
-    """The answer, and until when it may be kept (time.monotonic()): never past a moment that changes it."""
+    """The answer, and until when it may be kept (time.monotonic()): never past a moment that changes it, and
+    not at all where it is a standby's, who may not have what was notified of already."""
     asked_at: dt.datetime = row.pop("asked_at")
+    if row.pop("is_replica"):
+        ttl = 0.0
     answer = verification(row)
     moments = (answer.not_before, answer.not_after, answer.revoked_at)
     ahead = [(m - asked_at).total_seconds() for m in moments if m is not None and m > asked_at]
@@ -344,7 +350,7 @@ class CertificateCache:
     :param ttl: seconds for which an answer is kept at most, by time.monotonic(); 0 keeps none.
     :param max_entries: the least recently used is dropped beyond these.
     :param listen_dsn: what to listen with; by default what ``target`` is connected with. It has to be the
-        server that is asked: a standby's answers can be older than a notification.
+        server that is asked. A standby's answers are never kept: they can be older than a notification.
     """
 
     def __init__(

@@ -21,15 +21,17 @@ select w.tree_size
  where not exists (select from kakunin_private.batches b where b.tree_size = w.tree_size and b.root = w.root)
  order by w.tree_size"""
 
+# A revocation may lie ahead here (an overlap), and have been brought forward since.
 _REVOKE = (
     "select kakunin.revoke_certificate(c.serial, %(reason)s) from kakunin.certificates c"
-    " where c.serial = %(serial)s and c.revoked_at is null",
+    " where c.serial = %(serial)s and c.issuer_key_id = %(issuer)s"
+    "   and coalesce(c.revoked_at > clock_timestamp(), true)",
     "select kakunin.revoke_ledger_key(k.key_id, %(reason)s) from kakunin.ledger_keys k"
-    " where k.serial = %(serial)s and k.revoked_at is null",
+    " where k.serial = %(serial)s and k.issuer_key_id = %(issuer)s and k.revoked_at is null",
 )
 _KNOWN = (
-    "select from kakunin.certificates c where c.serial = %(serial)s",
-    "select from kakunin.ledger_keys k where k.serial = %(serial)s",
+    "select from kakunin.certificates c where c.serial = %(serial)s and c.issuer_key_id = %(issuer)s",
+    "select from kakunin.ledger_keys k where k.serial = %(serial)s and k.issuer_key_id = %(issuer)s",
 )
 
 # What was published is the newest list, whatever the database remembers.
@@ -83,12 +85,14 @@ def recover(options: argparse.Namespace) -> int:
         moved = home["moved"] or home["promoted"]
         if options.action == "continue":
             _check_continues(options, witnessed)
-            _one(connection, "select kakunin.continue_ledger()")
+        # First: a worker that waits would sign by a ledger key that was revoked in the lost time.
+        revoked, unknown = _revoke(connection, lists)
+        if options.action == "continue":
+            _settle(connection, options.dsn, "select kakunin.continue_ledger()")
             moved = False
         elif options.action == "renew":
-            (installation,) = _one(connection, "select kakunin.renew_installation()")
+            (installation,) = _settle(connection, options.dsn, "select kakunin.renew_installation()")
             moved, witnessed = False, _Witnessed(None, None)
-        revoked, unknown = _revoke(connection, lists)
         (status,) = _one(connection, "select kakunin.ledger_status()")
     state = "lost" if witnessed.lost is not None else "moved" if moved else "at home"
     document = {
@@ -132,11 +136,28 @@ def _one(connection: psycopg.Connection[Any], query: str, parameters: Any = None
     return connection.execute(query.encode(), parameters).fetchone()
 
 
+def _settle(connection: psycopg.Connection[Any], dsn: str, query: str) -> Any:
+    """Any login may append and leave its transaction open, so who does is named."""
+    import psycopg  # noqa: PLC0415
+
+    from . import migrate  # noqa: PLC0415
+
+    try:
+        return _one(connection, query)
+    except psycopg.errors.LockNotAvailable as error:
+        raise Refused(
+            f"the ledger was not settled, because others are appending: {migrate.holders(dsn)}",
+            "Run it again when these transactions have ended, or end them: select"
+            " pg_terminate_backend(<process>).",
+        ) from error
+
+
 def _place(place: dict[str, Any] | None) -> str:
     if place is None:
         return "nowhere yet"
     server = place["system_identifier"] or "(unknown)"
-    return f"database {place['database']} of server {server}, timeline {place['timeline'] or '-'}"
+    timeline = place["timeline"] or "-"
+    return f"table {place['ledger']} in database {place['database']} of server {server}, timeline {timeline}"
 
 
 # The witnesses ----------------------------------------------------------------------------------------
@@ -208,7 +229,10 @@ def _revoke(
         issuer = next((a for a in authorities if _signed_by(each, a)), None)
         if issuer is None:
             raise Refused("a revocation list is not signed by an authority that is trusted here")
-        number = each.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        try:
+            number = each.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        except (x509.ExtensionNotFound, ValueError) as error:
+            raise Refused("a revocation list has no number (RFC 5280 section 5.2.3)") from error
         for entry in each:
             serial = normalize_serial(entry.serial_number)
             reasons = entry.extensions
@@ -217,7 +241,7 @@ def _revoke(
                 if reasons
                 else "unspecified"
             )
-            parameters = {"serial": serial, "reason": reason}
+            parameters = {"serial": serial, "issuer": key_id(issuer), "reason": reason}
             if any(_one(connection, query, parameters) for query in _REVOKE):
                 revoked.append(serial)
             elif not any(_one(connection, query, parameters) for query in _KNOWN):

@@ -69,10 +69,11 @@ def migrate_sql(revision: str = "head") -> str:
     return output.getvalue()
 
 
-def downgrade_sql(revision: str = "base") -> str:
+def downgrade_sql(revision: str = "base", *, before: Sequence[str] = ()) -> str:
     """The script of :func:`downgrade` for ``psql``. ``<from>:<to>`` starts elsewhere than at the newest."""
     output = io.StringIO()
     config = _config(output)
+    config.attributes["first"] = before
     if ":" not in revision:
         revision = f"{ScriptDirectory.from_config(config).get_current_head()}:{revision}"
     command.downgrade(config, revision, sql=True)
@@ -104,37 +105,47 @@ def _run(
             raise refused from error
         original = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(original, psycopg.errors.LockNotAvailable):
-            raise _locked(config.attributes["dsn"]) from error
+            raise BadInputError(
+                "the migration waited in vain for a lock and changed nothing:"
+                f" {holders(config.attributes['dsn'])}",
+                "Run it again when that transaction has ended, or end it: select"
+                " pg_terminate_backend(<process>). PGOPTIONS='-c lock_timeout=60s' waits longer; while it"
+                " waits, others wait behind it.",
+            ) from error
         if isinstance(original, psycopg.Error):
             raise original from None
         raise
     return Change(_only(config.attributes["before"]), _only(config.attributes["after"]))
 
 
-# Whoever holds a lock on what a migration changes: something of the kit's, or a table with its policies.
+# Whoever holds a lock on what a migration changes: something of the kit's, or a table with policies or
+# triggers that ask it. A prepared transaction has no process.
 _HOLDERS = """
-select string_agg(format('process %s (%s) holds %s on %s', pid, login, mode, name), '; ' order by pid, name)
+select string_agg(format('%s (%s) holds %s on %s', coalesce('process ' || pid, 'a prepared transaction'),
+                         login, mode, name), '; ' order by pid, name)
   from (select l.pid, coalesce(a.usename, 'unknown') as login, l.mode,
                format('%I.%I', n.nspname, c.relname) as name
           from pg_locks l join pg_class c on c.oid = l.relation join pg_namespace n on n.oid = c.relnamespace
           left join pg_stat_activity a on a.pid = l.pid
-         where l.granted and l.pid <> pg_backend_pid() and c.relkind in ('r', 'p', 'v', 'S')
+         where l.granted and l.pid is distinct from pg_backend_pid() and c.relkind in ('r', 'p', 'v', 'S')
            and l.database = (select d.oid from pg_database d where d.datname = current_database())
            and (n.nspname in ('kakunin', 'kakunin_private')
-                or exists (select from pg_policy y where y.polrelid = c.oid and y.polname like 'kakunin%'))
+                or exists (select from pg_depend d join pg_proc p on p.oid = d.refobjid
+                             join pg_namespace k on k.oid = p.pronamespace
+                            where d.refclassid = 'pg_proc'::regclass
+                              and k.nspname in ('kakunin', 'kakunin_private')
+                              and (d.classid = 'pg_policy'::regclass
+                                   and d.objid in (select y.oid from pg_policy y where y.polrelid = c.oid)
+                                   or d.classid = 'pg_trigger'::regclass
+                                   and d.objid in (select t.oid from pg_trigger t where t.tgrelid = c.oid))))
          order by l.pid, c.relname limit 5) h"""
 
 
-def _locked(dsn: str) -> BadInputError:
-    """Says who; it may be gone by now."""
+def holders(dsn: str) -> str:
+    """Who is waited for in vain; they may be gone by now."""
     with connect(dsn) as connection:
         row = connection.execute(_HOLDERS).fetchone()
-    holders = row[0] if row and row[0] else "whoever held it is gone by now"
-    return BadInputError(
-        f"the migration waited in vain for a lock and changed nothing: {holders}",
-        "Run it again when that transaction has ended, or end it: select pg_terminate_backend(<process>)."
-        " PGOPTIONS='-c lock_timeout=60s' waits longer; while it waits, others wait behind it.",
-    )
+    return row[0] if row and row[0] else "whoever held it is gone by now"
 
 
 def _only(heads: tuple[str, ...]) -> str | None:

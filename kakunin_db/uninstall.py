@@ -58,7 +58,9 @@ select format('%I.%I', n.nspname, c.relname) as name, c.relrowsecurity as enable
                                   and s.deptype = 'a' and s.classid = 'pg_class'::regclass and s.objid = c.oid
                                   and s.dbid = (select d.oid from pg_database d
                                                  where d.datname = current_database()))
-                 order by r.rolname) as statements
+                 order by r.rolname) as statements,
+       array(select format('(%s::oid, %L)', c.oid, l.polcmd) from leaving l
+              where l.polrelid = c.oid and not l.polpermissive order by l.polcmd) as restricted
   from pg_class c join pg_namespace n on n.oid = c.relnamespace
  where c.oid in (select polrelid from leaving union all select tgrelid from audited)
  order by 1"""
@@ -71,6 +73,40 @@ select count(*)
          select unnest(b.event_ids) from kakunin_private.batches b
           where b.tree_size <= (select max(e.tree_size) from kakunin_private.exports e))
    and l.entry::jsonb ->> 'event_type' not in ('ledger.exported', 'ledger.read')"""
+
+
+# Both were looked at when the plan was made, which may be long ago: again where nobody can add to them any
+# more. Names may have any characters, so there are none in here.
+_STILL_EXPORTED = f"""\
+do $still_exported$
+begin
+  lock table kakunin_private.ledger in access exclusive mode;
+  if ({_NOT_EXPORTED}) > 0 then
+    raise exception using errcode = 'KA010',
+      message = 'entries of the ledger are in no export, and would be lost',
+      hint = 'kakunin-db audit export, and print the script again; or say --without-export.';
+  end if;
+end
+$still_exported$"""
+
+_STILL_CLOSED = """\
+do $still_closed$
+declare
+  v_open text;
+begin
+  select string_agg(distinct format('%s (%I)', y.polrelid::regclass, y.polname), ', ') into v_open
+    from (values {}) r(polrelid, polcmd)
+    join pg_class c on c.oid = r.polrelid and c.relrowsecurity
+    join pg_policy y on y.polrelid = r.polrelid and y.polpermissive
+     and (r.polcmd = '*' or y.polcmd = '*' or r.polcmd::"char" = y.polcmd);
+  if v_open is not null then
+    raise exception using errcode = 'KA010',
+      message = format('rows would become readable or could be changed, by policies made since: %s',
+                       v_open),
+      hint = 'Drop the permissive policy, or put a restrictive one of your own beside it.';
+  end if;
+end
+$still_closed$"""
 
 
 class Plan(NamedTuple):
@@ -95,23 +131,29 @@ def plan(dsn: str, *, without_export: bool = False) -> Plan:
         rows = connection.execute(_OUTSIDE).fetchall()
         if not without_export:
             _check_exported(connection)
-    opened = [f"{name} ({opened})" for name, _, _, opened, _ in rows if opened]
+    opened = [f"{name} ({opened})" for name, _, _, opened, *_ in rows if opened]
     if opened:
         raise BadInputError(
             f"rows would become readable or could be changed that are not now: {'; '.join(opened)}",
             "Drop the permissive policy, or put a restrictive one of your own beside it, such as: create"
             " policy closed on <table> as restrictive using (false).",
         )
-    others = [f"{name} ({owner})" for name, _, owner, _, _ in rows if owner]
+    others = [f"{name} ({owner})" for name, _, owner, *_ in rows if owner]
     if others:
         raise BadInputError(
             f"only their owners can take policies and triggers off these tables: {', '.join(others)}",
             "Run it as a superuser, or as a member of these roles and of the kit's owner.",
         )
+    restricted = [each for *_, restricted in rows for each in restricted]
     return Plan(
         [name for name, enabled, *_ in rows if enabled],
         [name for name, enabled, *_ in rows if not enabled],
-        [statement for *_, statements in rows for statement in statements],
+        [
+            "set local search_path = pg_catalog, pg_temp",
+            *(statement for *_, statements, _ in rows for statement in statements),
+            *([_STILL_CLOSED.format(", ".join(restricted))] if restricted else []),
+            *([] if without_export else [_STILL_EXPORTED]),
+        ],
     )
 
 
@@ -125,10 +167,8 @@ def _check_exported(connection: psycopg.Connection[Any]) -> None:
 
 
 def script(steps: Plan) -> str:
-    """The same for ``psql``, the downgrade included. Alembic's BEGIN is moved before it."""
-    text = migrate.downgrade_sql()
-    own = "".join(f"{statement};\n" for statement in steps.statements)
-    return text.replace("BEGIN;\n", f"BEGIN;\n\n{own}", 1)
+    """The same for ``psql``, the downgrade included."""
+    return migrate.downgrade_sql(before=steps.statements)
 
 
 def uninstall(dsn: str, steps: Plan, *, on_notice: Callable[[str], None] | None = None) -> migrate.Change:

@@ -19,7 +19,7 @@ from kakunin_db import migrate
 
 HERE = Path(__file__).resolve().parent
 # What waits for a lock has everybody else wait behind it. Whoever said how long is right.
-SHORT_LOCKS = """select set_config('lock_timeout', '5s', true) where current_setting('lock_timeout') = '0'"""
+SHORT_LOCKS = """select set_config('lock_timeout', '5s', true) where current_setting('lock_timeout') = '0';"""
 
 # Only alembic's own command line sets cmd_opts; in a program the log is the program's business.
 if context.config.cmd_opts is not None:
@@ -68,7 +68,7 @@ def run() -> None:
             if first := context.config.attributes.get("first"):
                 migrate.run_text(migration, SHORT_LOCKS)
                 for statement in first:
-                    migrate.run_text(migration, statement)
+                    migrate.run_text(migration, f"{statement};")
             migrate.run_text(migration, (HERE / "before.sql").read_text(encoding="utf-8"))
             if migration.as_sql:
                 migrate.run_text(migration, starts_from(migration.get_current_heads()))

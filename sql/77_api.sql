@@ -125,6 +125,7 @@ declare
   v_now    constant timestamptz := kakunin_private.clock();
   v_key    kakunin_private.api_keys;
 begin
+  perform kakunin_private.check_replica();
   select * into v_key from kakunin_private.api_keys k where k.prefix = v_prefix;
   -- What is compared are hashes under a salt of this call: how long it takes tells nothing of the digest. Where there
   -- is no such key the same is done.

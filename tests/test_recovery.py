@@ -6,6 +6,7 @@ What goes on by itself afterwards, what stops until somebody decides, and that n
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import os
 import pwd
@@ -24,6 +25,8 @@ from conftest import Agent, Database, LedgerKey, OneKey, _ca, fresh_database, st
 from cryptography.hazmat.primitives.serialization import Encoding
 from test_worker import QUICK, append, running, signed, status, until
 
+from kakunin_db import CertificateAuthority, LocalSigner
+from kakunin_db.ca import Revocation
 from kakunin_db.cli import main
 from kakunin_db.ledger import TreeHead, Witness, open_witness
 from kakunin_db.ledger.worker import Worker
@@ -278,6 +281,106 @@ def test_a_copy_made_from_a_template_is_another_place(origin: Origin, recover: R
         code, _, _ = recover(database, "--continue", "--without-witness")
         assert code == 0
         copy.sign()
+
+
+def test_a_dump_restored_in_place_does_not_fork_the_tree(
+    origin: Origin, tmp_path: Path, recover: Recover
+) -> None:
+    """In the same database of the same server, and on the same timeline: the table is another one."""
+    database, cluster = origin.database, origin.database.cluster
+    file = dump(database, tmp_path / "dump")
+    append(database, origin.agent, 3)
+    latest = origin.sign()
+    cluster.release(database.name)
+    with database.connect("postgres") as admin:
+        admin.execute("drop table vault")
+        admin.execute("drop schema kakunin, kakunin_private cascade")
+    call(program(cluster, "pg_restore"), "--exit-on-error", "-d", database.dsn("postgres"), file)
+    assert status(database)["signed_size"] < latest
+    origin.serves()
+    origin.signs_nothing(remembers=False)
+    code, said, _ = recover(database)
+    assert (code, said["state"], said["moved"]) == (1, "moved", True)
+    assert said["home"]["database"] == said["here"]["database"]
+    assert said["home"]["ledger"] != said["here"]["ledger"]
+    code, _, note = recover(database, "--continue", "--witness", origin.witness_uri)
+    assert code == 1
+    assert "second history" in note
+    assert recover(database, "--renew", "--witness", origin.witness_uri)[0] == 0
+    renewed = Origin(database, origin.agent, database.ledger_key(), origin.witness_uri)
+    renewed.goes_on()
+    assert audit_verify(renewed, tmp_path) == 0
+
+
+@pytest.mark.parametrize("witnessed", [False, True], ids=["no witness", "an empty witness"])
+def test_a_witness_that_has_nothing_remembers_nothing(
+    origin: Origin, tmp_path: Path, witnessed: bool
+) -> None:
+    """Another timeline, and a worker that has just begun: a new bucket tells no more than none."""
+    origin.database.run("installer", "update kakunin_private.home set timeline = timeline + 1")
+    empty = Origin(origin.database, origin.agent, origin.key, f"file:{tmp_path}/empty.jsonl")
+    empty.signs_nothing(remembers=witnessed)
+    origin.goes_on()
+
+
+def test_recover_names_who_keeps_it_waiting(origin: Origin, recover: Recover) -> None:
+    """An agent appends and does not end: nothing is settled, and nobody waits once recover has given up."""
+    database = origin.database
+    database.run("installer", "update kakunin_private.home set database = 1")
+    with database.connect("agent_1") as session:
+        session.execute("select kakunin.bind_session(%s)", [database.ticket(origin.agent, "agent_1")])
+        session.execute("select kakunin.audit_log_append('api_call')")
+        for option in ("--continue", "--renew"):
+            code, _, note = recover(database, option, "--without-witness")
+            assert code == 1
+            assert f"process {session.info.backend_pid} (agent_1) holds RowExclusiveLock on" in note
+        assert recover(database)[1]["moved"]
+    assert recover(database, "--continue", "--without-witness")[0] == 0
+
+
+def test_a_list_revokes_what_was_revoked_before_the_ledger_goes_on(
+    origin: Origin, tmp_path: Path, recover: Recover
+) -> None:
+    """The ledger's key too, and a certificate whose revocation still lies ahead here. A list has no say about
+    what another authority issued."""
+    database = origin.database
+    ahead = database.agent("ahead")
+    database.renew(ahead)
+    other = CertificateAuthority.create(LocalSigner.generate(), "Other CA")
+    with database.connect("installer") as installer:
+        other.trust(installer)
+    (key_serial,) = database.run("worker", "select serial from kakunin.ledger_keys")[0]
+    now = dt.datetime.now(dt.timezone.utc)
+    revoked = [Revocation(ahead.serial, now, "keyCompromise"), Revocation(key_serial, now, "keyCompromise")]
+    list_file, foreign = tmp_path / "list.der", tmp_path / "foreign.pem"
+    list_file.write_bytes(_ca().revocation_list(revoked, 3).public_bytes(Encoding.DER))
+    mine = [Revocation(origin.agent.serial, now, "keyCompromise")]
+    foreign.write_bytes(other.revocation_list(mine, 3).public_bytes(Encoding.PEM))
+
+    code, said, _ = recover(database, "--crl", str(foreign))
+    assert (said["revoked"], said["unknown"]) == ([], [origin.agent.serial])
+    database.run("installer", "update kakunin_private.home set database = 1")
+    with database.connect("agent_1") as session:
+        session.execute("select kakunin.bind_session(%s)", [database.ticket(origin.agent, "agent_1")])
+        session.execute("select kakunin.audit_log_append('api_call')")
+        code, _, _ = recover(database, "--continue", "--without-witness", "--crl", str(list_file))
+        assert code == 1
+    keys = "select count(*) from kakunin.ledger_keys where revoked_at is null"
+    assert database.value("worker", keys) == 0
+    state = database.value("auditor", "select kakunin.verify_certificate(%s)", [ahead.serial])
+    assert state["status"] == "revoked"
+    assert recover(database, "--continue", "--without-witness", "--crl", str(list_file))[0] == 0
+
+
+def test_a_ledger_settles_with_its_timeline(cluster: Cluster) -> None:
+    """Before its first tree head: a recovery to a point before that one is told by it."""
+    with fresh_database(cluster) as database:
+        home = "select kakunin.ledger_home()"
+        assert database.value("worker", home)["home"] is None
+        database.ledger_key()
+        said = database.value("worker", home)
+        assert said["home"] == said["here"]
+        assert said["home"]["timeline"] >= 1
 
 
 @pytest.mark.usefixtures("roles")

@@ -15,7 +15,7 @@ from cluster import Cluster
 from conftest import Agent, Database, OneKey, fresh_database
 from test_worker import running
 
-from kakunin_db import CredentialRejectedError, ReplicaLagError, bind_agent_session
+from kakunin_db import CertificateCache, CredentialRejectedError, ReplicaLagError, bind_agent_session
 from kakunin_db.ledger.worker import Worker
 
 COUNT = "select count(*) from vault"
@@ -195,6 +195,45 @@ def test_g3_revocation_arrives_with_replication(
             connection.execute("select kakunin.bind_session(%s)", [ticket])
 
 
+def test_g3_a_snapshot_does_not_outlive_a_revocation(replicated: Replicated) -> None:
+    """REPEATABLE READ keeps its rows, and shows them to nobody once the revocation is there."""
+    agent = replicated.agent()
+    ticket = replicated.primary.ticket(agent, "agent_1")
+    replicated.caught_up()
+    with replicated.replica.connect("agent_1") as connection:
+        connection.execute("set transaction isolation level repeatable read")
+        connection.execute("select kakunin.bind_session(%s)", [ticket])
+        assert one(connection, COUNT) == 2
+        agent.revoke()
+        replicated.caught_up()
+        assert one(connection, COUNT) == 0
+        with refused("KA002"):
+            connection.execute(REQUIRE)
+
+
+def test_g3_a_cache_keeps_no_answer_of_a_standby(replicated: Replicated) -> None:
+    """The notification comes from the primary, and the answer after it may be from before it."""
+    agent = replicated.agent()
+    replicated.caught_up()
+    login = "gateway"
+    with (
+        replicated.replica.connect("postgres", autocommit=True) as admin,
+        CertificateCache(
+            replicated.replica.dsn(login), ttl=60, listen_dsn=replicated.primary.dsn(login)
+        ) as cache,
+    ):
+        assert cache.start(10)
+        admin.execute("select pg_wal_replay_pause()")
+        try:
+            agent.revoke()
+            assert cache.status(agent.serial).valid  # as far as the standby knows
+            assert cache.kept(agent.serial) is None
+        finally:
+            admin.execute("select pg_wal_replay_resume()")
+        replicated.caught_up()
+        assert cache.status(agent.serial).status == "revoked"
+
+
 def test_g2_a_retired_session_key_arrives_too(replicated: Replicated) -> None:
     agent = replicated.agent()
     ticket = replicated.primary.ticket(agent, "agent_1")
@@ -266,6 +305,7 @@ def test_g8_a_standby_that_is_cut_off_closes(replicated: Replicated) -> None:
                 ("agent_1", "select kakunin.bind_session(%s)", ticket),
                 ("gateway", "select kakunin.bind_serial(%s)", agent.serial),
                 ("auditor", "select kakunin.verify_certificate(%s)", agent.serial),
+                ("gateway", "select kakunin.authenticate_api_key('kkn', %s)", b"x"),
             ):
                 with replicated.replica.connect(login) as connection, refused("KA012"):
                     connection.execute(query, [parameter])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
+import psycopg.sql
 import pytest
 from catalog import everything
 from cluster import Cluster
@@ -125,6 +126,56 @@ def test_it_refuses_while_entries_are_in_no_export(
     assert main(["audit", "verify", str(bundle), "--ca", str(root)]) == 0
 
 
+def test_what_has_come_since_the_plan_is_looked_at_again(database: Database, tmp_path: Path) -> None:
+    """A script may be applied days after it was printed: a policy, or entries, may have come since."""
+    dsn = database.dsn("postgres")
+    steps = plan(dsn, without_export=True)
+    database.run("app", "create policy everybody on notes for all to public using (true)")
+    before = everything(dsn)
+    with pytest.raises(BadInputError, match=r"policies made since: public\.notes \(everybody\)"):
+        uninstall(dsn, steps)
+    with database.connect("postgres", autocommit=True) as admin, pytest.raises(psycopg.Error) as caught:
+        admin.execute(script(steps).encode())
+    assert caught.value.sqlstate == "KA010"
+    assert everything(dsn) == before
+    database.run("app", "drop policy everybody on notes")
+
+    database.seal_and_sign(database.ledger_key())
+    database.seal_and_sign(database.ledger_key())
+    bundle = tmp_path / "ledger.jsonl"
+    assert main(["audit", "export", "--dsn", database.dsn("auditor"), "--out", str(bundle)]) == 0
+    steps = plan(dsn)
+    append(database, database.agent())
+    before = everything(dsn)
+    with pytest.raises(BadInputError, match="entries of the ledger are in no export"):
+        uninstall(dsn, steps)
+    assert everything(dsn) == before
+
+
+HOSTILE = "x\"; drop table notes; -- $still_closed$ ' \\ :dsn %s {} BEGIN;\n"
+
+
+def test_names_are_names(database: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever makes tables and policies names them, and a superuser runs this."""
+    dsn = database.dsn("postgres")
+    name = psycopg.sql.Identifier(HOSTILE)
+    with database.connect("app") as app:
+        app.execute(psycopg.sql.SQL("alter table own rename to {}").format(name))
+        app.execute(psycopg.sql.SQL("alter policy mine on {0} rename to {0}").format(name))
+        app.execute(
+            psycopg.sql.SQL(
+                "create policy strict on {} as restrictive"
+                " using ((select kakunin.current_cert_serial()) <> '')"
+            ).format(name)
+        )
+    assert main(["uninstall", "--dsn", dsn, "--without-export", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    with database.connect("postgres", autocommit=True) as admin:
+        admin.execute(printed.replace("COMMIT;", "ROLLBACK;").encode())
+    uninstall(dsn, plan(dsn, without_export=True))
+    assert tables(database) == [(name, True, 0, 0) for name in ("notes", "parted", "parted_1", HOSTILE)]
+
+
 def test_only_owners_take_policies_off(database: Database) -> None:
     with pytest.raises(BadInputError, match=r"public\.notes \(app\), public\.own \(app\)"):
         plan(database.dsn("installer"), without_export=True)
@@ -153,7 +204,7 @@ def test_it_happens_whole_or_not_at_all(database: Database) -> None:
     assert everything(dsn) == before
 
 
-@pytest.mark.parametrize("table", ["notes", "kakunin_private.ledger"])
+@pytest.mark.parametrize("table", ["notes", "own", "kakunin_private.ledger"])
 def test_a_lock_that_is_held_is_named_and_nothing_is_done(
     database: Database, monkeypatch: pytest.MonkeyPatch, table: str
 ) -> None:

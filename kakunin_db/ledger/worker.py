@@ -437,10 +437,14 @@ class Worker:
 
     def _check_timeline(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Raises LedgerIntegrityError where nobody could tell that the end of the ledger was lost."""
-        if self._remembers or self._witnesses:
+        assert self._installation is not None  # noqa: S101  (_learn() comes first)
+        if self._remembers:
             return
         home = self._value(connection, "select kakunin.ledger_home()")
-        if home["promoted"]:
+        # A witness that has none of this ledger (a new bucket, a path mistyped) knows of none that is gone.
+        if home["promoted"] and not any(
+            True for witness in self._witnesses for _ in witness.heads(self._installation)
+        ):
             raise LedgerIntegrityError(
                 f"since the last tree head was signed on timeline {home['home']['timeline']} this server was"
                 f" promoted or recovered to a point in time (timeline {home['here']['timeline']}), and"
@@ -454,7 +458,8 @@ class Worker:
         """Keeps the memory of a worker that does not lead up with the one that does."""
         try:
             self._learn(connection)
-            self._check_timeline(connection)
+            if not self._witnesses:  # who are asked when it begins to lead
+                self._check_timeline(connection)
         except (LedgerIntegrityError, psycopg.Error) as error:
             ours = error if isinstance(error, LedgerIntegrityError) else named(error)
             if not isinstance(ours, LedgerIntegrityError):
