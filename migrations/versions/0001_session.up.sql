@@ -5104,8 +5104,8 @@ comment on view kakunin.risk_reviews is 'Revocation checks; one without a decisi
 -- gone, is named exactly. Of the inner nodes those of every eighth level are kept, from which any proof is
 -- a few hundred hashes away. Rows here are added and never changed, like the ledger's.
 --
--- One ledger, one place. What is restored, copied or upgraded has another system identifier or another database oid
--- than where it was sealed last, and a promoted standby, or a server recovered to a point in time, another timeline. A
+-- One ledger, one place. What is restored, copied or upgraded has another system identifier, another database oid or
+-- another oid of the ledger's table than where it was sealed last, and a promoted standby, or a server recovered to a point in time, another timeline. A
 -- copy would sign another history under the same name and by the same key; so in another place nothing is sealed and
 -- nothing is published until the owner says which of the two it is: continue_ledger() or renew_installation(). Another
 -- timeline is no reason to stop, because a failover must go on by itself; the worker asks whether somebody remembers
@@ -5205,13 +5205,17 @@ create table kakunin_private.home (
   only_row          boolean primary key default true check (only_row),
   system_identifier text collate "C",
   database          oid,
+  ledger            oid,
   timeline          bigint
 );
 insert into kakunin_private.home default values;
 comment on table kakunin_private.home is 'Where this ledger is sealed and signed: nowhere before the first time';
 comment on column kakunin_private.home.system_identifier is 'Of the server, from initdb; NULL where the owner of the kit may not read it';
 comment on column kakunin_private.home.database is 'The database''s oid';
-comment on column kakunin_private.home.timeline is 'The timeline that the newest tree head was published on';
+comment on column kakunin_private.home.ledger is
+  'The oid of the ledger''s table: a dump that is restored in place of what was there has another';
+comment on column kakunin_private.home.timeline is
+  'The timeline that the newest tree head was published on; before the first one, that of the first sealing';
 
 do $$
 begin
@@ -5322,13 +5326,31 @@ begin
     v_here.system_identifier := (select c.system_identifier::text from pg_control_system() c);
   end if;
   v_here.database := (select d.oid from pg_database d where d.datname = current_database());
+  v_here.ledger := 'kakunin_private.ledger'::regclass;
   if not pg_is_in_recovery() then
     v_here.timeline := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint;
   end if;
   return v_here;
 end
 $$;
-comment on function kakunin_private.here() is 'Where this is: the server''s system identifier, the database''s oid and the timeline';
+comment on function kakunin_private.here() is
+  'Where this is: the server''s system identifier, the oids of the database and of the ledger''s table, and the timeline';
+
+create function kakunin_private.is_elsewhere(p_home kakunin_private.home, p_here kakunin_private.home) returns boolean
+language sql immutable parallel safe
+return (p_home).database is not null
+  and ((p_home).system_identifier, (p_home).database, (p_home).ledger)
+      is distinct from ((p_here).system_identifier, (p_here).database, (p_here).ledger);
+comment on function kakunin_private.is_elsewhere(kakunin_private.home, kakunin_private.home) is
+  'Whether the one place is not the other; the timeline is no matter, and nowhere is no place';
+
+create function kakunin_private.settle_home(p_here kakunin_private.home) returns void
+language sql volatile parallel unsafe
+begin atomic
+  update kakunin_private.home h
+     set system_identifier = (p_here).system_identifier, database = (p_here).database, ledger = (p_here).ledger, timeline = (p_here).timeline;
+end;
+comment on function kakunin_private.settle_home(kakunin_private.home) is 'Makes this the ledger''s place';
 
 create function kakunin_private.check_home() returns void
 language plpgsql volatile parallel unsafe
@@ -5339,17 +5361,19 @@ declare
 begin
   select * into strict v_home from kakunin_private.home h;
   if v_home.database is null then
-    update kakunin_private.home h set system_identifier = v_here.system_identifier, database = v_here.database where h.database is null;
-  elsif (v_home.system_identifier, v_home.database) is distinct from (v_here.system_identifier, v_here.database) then
+    -- With its timeline: a recovery to a point before the first tree head is told by that.
+    perform kakunin_private.settle_home(v_here);
+  elsif kakunin_private.is_elsewhere(v_home, v_here) then
     raise exception using errcode = 'KA007',
-      message = format('this ledger was sealed in database %s of server %s, and this is database %s of server %s: a copy, or the ledger was moved',
-        v_home.database, coalesce(v_home.system_identifier, '(unknown)'), v_here.database, coalesce(v_here.system_identifier, '(unknown)')),
+      message = format('this ledger was sealed as table %s in database %s of server %s, and this is table %s in database %s of server %s: a copy, or the ledger was moved or put back',
+        v_home.ledger, v_home.database, coalesce(v_home.system_identifier, '(unknown)'),
+        v_here.ledger, v_here.database, coalesce(v_here.system_identifier, '(unknown)')),
       hint = 'kakunin-db recover shows what is here, and gives a copy an identity of its own or goes on in place of the original.';
   end if;
 end
 $$;
 comment on function kakunin_private.check_home() is
-  'KA007 where the ledger was last sealed in another database or on another server; the first time it settles here';
+  'KA007 where the ledger was last sealed as another table, in another database or on another server; the first time it settles here';
 
 -- For a copy, where the transactions in the ledger's rows are those of another server: all there is becomes leaves, and
 -- what comes from now on goes by this server's.
@@ -5360,7 +5384,6 @@ declare
   v_ids    bigint[];
   v_leaves bytea;
   v_oldest timestamptz;
-  v_here   kakunin_private.home;
 begin
   perform kakunin_private.check_snapshot_is_fresh('settling a ledger in another place');
   -- Waits for those who are appending, so that everything is committed.
@@ -5377,13 +5400,11 @@ begin
      set sealed = kakunin_private.committed_snapshot(), sealing = null, after = 0,
          floor = (select coalesce(max(l.event_id), 0) from kakunin_private.ledger l);
   -- A copy made from a template has values of sequences that its log does not have: a crash would give them out again.
-  -- Logical replication brings none at all.
-  perform setval(s.oid::regclass, nextval(s.oid::regclass))
+  -- Logical replication brings none at all. Far ahead, because others draw from them between the two calls.
+  perform setval(s.oid::regclass, nextval(s.oid::regclass) + 1000)
      from pg_class s where s.relkind = 'S' and s.relnamespace = 'kakunin_private'::regnamespace;
   perform setval('kakunin_private.event_ids', greatest(nextval('kakunin_private.event_ids'), (select t.floor from kakunin_private.tree t)));
-  v_here := kakunin_private.here();
-  update kakunin_private.home h
-     set system_identifier = v_here.system_identifier, database = v_here.database, timeline = v_here.timeline;
+  perform kakunin_private.settle_home(kakunin_private.here());
 end
 $$;
 comment on function kakunin_private.reseal() is
@@ -5730,13 +5751,12 @@ begin
   return jsonb_build_object(
     'home', case when v_home.database is not null then to_jsonb(v_home) - 'only_row' end,
     'here', to_jsonb(v_here) - 'only_row',
-    'moved', v_home.database is not null
-      and (v_home.system_identifier, v_home.database) is distinct from (v_here.system_identifier, v_here.database),
+    'moved', kakunin_private.is_elsewhere(v_home, v_here),
     'promoted', coalesce(v_home.timeline <> v_here.timeline, false));
 end
 $$;
 comment on function kakunin.ledger_home() is
-  'Where the ledger is sealed and signed and where this is (system_identifier, database, timeline): moved where the server or the database is another, promoted where the timeline is. For kakunin_worker, kakunin_operator, kakunin_auditor';
+  'Where the ledger is sealed and signed and where this is (system_identifier, database, ledger, timeline): moved where the server, the database or the ledger''s table is another, promoted where the timeline is. For kakunin_worker, kakunin_operator, kakunin_auditor';
 
 create function kakunin.continue_ledger() returns jsonb
 language plpgsql volatile parallel unsafe security definer
@@ -6695,6 +6715,7 @@ declare
   v_now    constant timestamptz := kakunin_private.clock();
   v_key    kakunin_private.api_keys;
 begin
+  perform kakunin_private.check_replica();
   select * into v_key from kakunin_private.api_keys k where k.prefix = v_prefix;
   -- What is compared are hashes under a salt of this call: how long it takes tells nothing of the digest. Where there
   -- is no such key the same is done.
