@@ -497,6 +497,43 @@ def test_paths(client: httpx.Client) -> None:
     assert client.get("/v1/agents", params={"limit": 1, "other": 1}).status_code == 400
 
 
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-01-01T00:00:00"]
+)
+def test_moments_that_are_none(client: httpx.Client, agent: Agent, moment: str) -> None:
+    event = {"agentId": str(agent.agent_id), "actionType": "api_call", "occurredAt": moment}
+    answer = client.post("/v1/events", json=event)
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("occurredAt: ")
+
+
+@pytest.mark.parametrize("number", ["1e5000", "-1e4400", "1" + "0" * 400 + ".5"], ids=["long", "less", "inf"])
+def test_a_number_that_python_has_no_value_for_hides_nothing(
+    server: Server, client: httpx.Client, agent: Agent, number: str
+) -> None:
+    """An agent that speaks SQL, or a registrar's login, writes what no request may."""
+    database = server.database
+    text = json.dumps({"n": 0}).replace("0", number)
+    written = database.value("postgres", "select %s::jsonb ->> 'n'", [text])
+    chain = client.post("/v1/chains", json={"name": "x"}).json()["data"]["chain_id"]
+    with database.connect("gateway") as session:
+        session.execute("select kakunin.bind_serial(%s)", [agent.serial])
+        session.execute("select kakunin.audit_log_append('api_call', %s::jsonb)", [text])
+        session.execute("select kakunin.append_to_decision_chain(%s, 'api_call', %s::jsonb)", [chain, text])
+    asked = json.dumps({"scopes": [0]}).replace("0", number)
+    described = "select kakunin.describe_agent(%s, %s::jsonb)"
+    database.run("registrar", described, [agent.agent_id, asked])
+    path = f"/v1/agents/{agent.agent_id}"
+    found = client.get("/v1/events", params={"agent_id": str(agent.agent_id)}).json()["data"]
+    assert [one["payload"]["n"] for one in found] == [written] * 2
+    assert client.get(f"/v1/chains/{chain}").json()["data"]["events"][0]["details"]["n"] == written
+    assert client.get(path).json()["data"]["metadata"]["requested_scopes"] == [written]
+    assert client.post(f"{path}/certify", json={}).status_code in (409, 422)
+    made = client.post("/v1/reports/compliance", json={"agentId": str(agent.agent_id)})
+    assert made.status_code == 201
+    database.run("registrar", described, [agent.agent_id, "{}"])
+
+
 # Agents that were stopped -------------------------------------------------------------------------------
 
 
@@ -521,6 +558,28 @@ def count(agent: Agent) -> tuple[str, list[Any]]:
     return (
         "select count(*) from kakunin.audit_log where agent_id = %s and risk is not null", [agent.agent_id],
     )  # fmt: skip
+
+
+def test_what_fails_halfway_leaves_an_agent_suspended(database: Database, agent: Agent) -> None:
+    """To be retired for a reason, the suspension before is lifted: not where the next one fails."""
+    agent.suspend()
+    path = f"/v1/agents/{agent.agent_id}"
+    suspended = "select suspended_at is not null from kakunin.agents where agent_id = %s"
+    with served(database) as server, server.client(api_key(database)) as client:
+        with database.connect("postgres", autocommit=True) as admin:
+            admin.execute(
+                "revoke execute on function kakunin.suspend_agent(uuid, text) from kakunin_operator"
+            )
+            try:
+                assert client.patch(path, json={"status": "retired"}).status_code == 500
+            finally:
+                admin.execute(
+                    "grant execute on function kakunin.suspend_agent(uuid, text) to kakunin_operator"
+                )
+        assert database.value("auditor", suspended, [agent.agent_id]) is True
+        assert client.patch(path, json={"status": "retired"}).json()["data"]["status"] == "retired"
+        assert client.patch(path, json={"status": "active"}).status_code == 422
+        assert database.value("auditor", suspended, [agent.agent_id]) is True
 
 
 def test_a_row_in_the_database_has_nothing_certified_that_the_configuration_does_not_permit(
@@ -562,6 +621,70 @@ def test_a_key_and_an_address_may_ask_so_often(database: Database) -> None:
         with server.client(ApiKey.generate()) as client:
             statuses = [client.get("/v1/agents").status_code for _ in range(6)]
             assert statuses == [401] * 4 + [429] * 2
+
+
+def test_who_guesses_locks_out_nobody_at_the_same_address(database: Database, agent: Agent) -> None:
+    with served(database, public_per_minute=3) as server:
+        key = api_key(database)
+        with server.client(key) as client, server.client(ApiKey.generate()) as guessing:
+            assert client.get("/v1/agents").status_code == 200
+            wrong = [guessing.get("/v1/agents").status_code for _ in range(5)]
+            assert wrong == [401] * 3 + [429] * 2
+            assert client.get("/v1/agents").status_code == 200
+            assert client.post(f"/v1/agents/{agent.agent_id}/halt", json={}).status_code == 200
+            # It is asked about each time, and once it is revoked it is as good as any guess.
+            database.run(
+                "operator",
+                "select kakunin.revoke_api_key(key_id) from kakunin.api_keys where prefix = %s",
+                [key.prefix],
+            )
+            assert [client.get("/v1/agents").status_code for _ in range(2)] == [401, 429]
+
+
+def test_a_key_that_may_ask_no_more_may_still_halt(database: Database, agent: Agent) -> None:
+    with served(database, per_minute=2) as server, server.client(api_key(database)) as client:
+        assert [client.get("/v1/agents").status_code for _ in range(3)] == [200, 200, 429]
+        path = f"/v1/agents/{agent.agent_id}/halt"
+        assert [client.post(path, json={}).status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_a_key_leaves_connections_to_others(database: Database, agent: Agent) -> None:
+    """Requests of one key that hang, more than there are connections; and of one address."""
+    with (
+        served(database, timeout=8.0, connections=2) as server,
+        server.client(api_key(database)) as greedy,
+        server.client(api_key(database)) as client,
+        database.connect("postgres") as admin,
+        ThreadPoolExecutor(12) as threads,
+    ):
+        admin.execute("lock table kakunin_private.reports in access exclusive mode")
+        admin.execute("lock table kakunin_private.decision_chains in access exclusive mode")
+        hanging = [threads.submit(greedy.get, f"/v1/reports/{NOBODY}") for _ in range(6)]
+        chain = f"{server.url}/v1/verify/chain/{NOBODY}"
+        hanging += [threads.submit(httpx.get, chain, timeout=20) for _ in range(6)]
+        time.sleep(0.5)
+        began = time.monotonic()
+        event = {"agentId": str(agent.agent_id), "actionType": "api_call"}
+        assert client.get(f"/v1/agents/{agent.agent_id}").status_code == 200
+        assert client.post("/v1/events", json=event).status_code == 201
+        assert time.monotonic() - began < 4
+        assert not any(one.done() for one in hanging)
+        admin.rollback()
+        assert {one.result().status_code for one in hanging} == {404}
+
+
+def test_a_key_whose_requests_hang_is_told_to_wait(database: Database) -> None:
+    with (
+        served(database, timeout=1.0, connections=2) as server,
+        server.client(api_key(database)) as client,
+        database.connect("postgres") as admin,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        admin.execute("lock table kakunin_private.reports in access exclusive mode")
+        hanging = [threads.submit(client.get, f"/v1/reports/{NOBODY}") for _ in range(3)]
+        assert {one.result().status_code for one in hanging} <= {429, 503}
+        admin.rollback()
+        assert client.get(f"/v1/reports/{NOBODY}").status_code == 404
 
 
 def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,6 +771,26 @@ def test_a_bug_says_nothing(server: Server, client: httpx.Client, monkeypatch: p
     assert answer.status_code == 500
     assert answer.json()["error"] == "the server failed"
     assert "hunter2" not in answer.text
+
+
+def test_a_database_that_takes_no_writes(cluster: Cluster) -> None:
+    """As in recovery: what only reads is answered, and what would write says when to try again."""
+    with fresh_database(cluster) as database:
+        key, agent = api_key(database), database.agent("atlas")
+        with cluster.session("postgres", "postgres") as admin:
+            admin.execute(f"alter database {database.name} set default_transaction_read_only to on")
+        with served(database) as server, server.client(key) as client:
+            assert client.get(f"/v1/agents/{agent.agent_id}").status_code == 200
+            assert httpx.get(f"{server.url}/v1/verify/{agent.serial}").json()["data"]["valid"] is True
+            event = {"agentId": str(agent.agent_id), "actionType": "api_call"}
+            for answer in (
+                client.post("/v1/events", json=event), client.get("/v1/events"),
+                client.post(f"/v1/agents/{agent.agent_id}/halt", json={}),
+                client.post("/v1/chains", json={"name": "x"}),
+            ):  # fmt: skip
+                assert answer.status_code == 503
+                assert answer.headers["Retry-After"] == "1"
+                assert "takes no writes" in answer.json()["error"]
 
 
 def test_a_database_that_is_gone(cluster: Cluster) -> None:

@@ -16,7 +16,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import Any, Final
 
 import psycopg
@@ -47,7 +47,7 @@ from . import models as m
 from . import operations as ops
 from .backend import Backend, RoleMissingError, Settings
 from .keys import ApiKey
-from .limits import RateLimit
+from .limits import AtOnce, RateLimit
 from .operations import Caller
 from .routes import MEDIA_TYPES, ROUTES, Call, ProblemError, Route
 
@@ -87,6 +87,10 @@ class App:
         self._of_key = RateLimit(settings.per_minute)
         self._of_address = RateLimit(settings.public_per_minute)
         self._refused = RateLimit(settings.public_per_minute)
+        # Digests of keys that were good: each is asked about again, but not made to wait for others' guesses.
+        self._good: set[bytes] = set()
+        # One connection of each role is left to others.
+        self._at_once = AtOnce(max(1, settings.connections - 1))
         self._used: set[uuid.UUID] = set()
         self._document = json.dumps(openapi()).encode()
         routes = [
@@ -171,7 +175,7 @@ class App:
         else:
             caller = await self._authenticate(request, address)
             seen.append(caller)
-            if wait := self._of_key.wait(caller.key_id):
+            if wait := self._of_key.wait((caller.key_id, route.urgent)):
                 raise _too_many(wait)
             if not caller.scopes & set(route.scope.split("|")):
                 raise ProblemError(
@@ -183,23 +187,43 @@ class App:
         path = {name: str(value) for name, value in request.path_params.items()}
         if any("\0" in value or len(value) > 200 for value in path.values()):
             raise ProblemError(404, "there is nothing at this path")
-        result = await route.handler(Call(self.backend, caller, path, asked))
+        async with self._turn(route, address if caller is None else caller.key_id):
+            result = await route.handler(Call(self.backend, caller, path, asked))
         if isinstance(result, Response):
             return result
         if route.path.startswith("/v1/"):
             result = result if route.page else {"data": result}
         return JSONResponse(to_jsonable_python(result), route.status, media_type=MEDIA_TYPES[route.kind])
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, route: Route, who: Hashable) -> AsyncIterator[None]:
+        if route.urgent:
+            yield
+            return
+        turns = self._at_once.of(who)
+        try:
+            await asyncio.wait_for(turns.acquire(), self.settings.timeout)
+        except asyncio.TimeoutError:
+            raise _too_many(1) from None
+        try:
+            yield
+        finally:
+            turns.release()
+
     async def _authenticate(self, request: Request, address: str) -> Caller:
-        if wait := self._refused.wait(address, take=False):
-            raise _too_many(wait)
         fields = request.headers.getlist("authorization")
         scheme, _, text = (fields[0] if len(fields) == 1 else "").partition(" ")
         key = ApiKey.parse(text.strip()) if scheme.lower() == "bearer" else None
         caller = None
+        if (key is None or key.digest not in self._good) and (
+            wait := self._refused.wait(address, take=False)
+        ):
+            raise _too_many(wait)
         if key is not None:
             caller = await self.backend.about_keys(ops.authenticate(key.prefix, key.digest))
-        if caller is None or caller.status != "active":
+        if key is None or caller is None or caller.status != "active":
+            if key is not None:
+                self._good.discard(key.digest)
             self._refused.wait(address)
             raise ProblemError(
                 401,
@@ -207,6 +231,7 @@ class App:
                 hint="Authorization: Bearer kak_live_...",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        self._good.add(key.digest)
         self._used.add(caller.key_id)
         return caller
 
@@ -319,8 +344,9 @@ def _answer(error: Exception) -> Response:
         return _unavailable(ours, what)
     if isinstance(error, psycopg.DataError):
         return _problem(ProblemError(400, "a value is not one that the database can store"))
-    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
-        return _unavailable(error, "the database does not answer")
+    read_only = isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
+    if read_only or isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+        return _unavailable(error, f"the database {'takes no writes' if read_only else 'does not answer'}")
     frames = "".join(traceback.format_tb(error.__traceback__))
     _log.error("500: %s\n%s", type(error).__name__, frames, extra={"event": "error", "fields": {}})
     return _problem(ProblemError(500, "the server failed"))

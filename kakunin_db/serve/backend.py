@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
 from psycopg import conninfo
+from psycopg.types.json import set_json_loads
 
 from ..client import AsyncKakunin
 from ..client.connectors import AsyncConnector
@@ -96,6 +99,7 @@ class Backend:
                 min_size=0,
                 max_size=self.settings.connections,
                 check=_check,
+                configure=_configure,
                 open=False,
             )
             await pool.open()
@@ -160,6 +164,28 @@ class Backend:
                 f"Where it should: grant {self.name(role)} to its login, and start it again.",
             )
         return pool
+
+
+def loads(data: str | bytes) -> Any:
+    """JSON, in which a number that Python has no value for is the text of it. The database has numbers of
+    any length, and whoever may append an event by SQL may write one there."""
+    return json.loads(data, parse_int=_integer, parse_float=_float)
+
+
+def _integer(digits: str) -> int | str:
+    try:
+        return int(digits)
+    except ValueError:  # sys.get_int_max_str_digits()
+        return digits
+
+
+def _float(digits: str) -> float | str:
+    value = float(digits)
+    return value if math.isfinite(value) else digits
+
+
+async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:
+    set_json_loads(loads, connection)
 
 
 async def _check(connection: psycopg.AsyncConnection[Any]) -> None:

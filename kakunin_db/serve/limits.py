@@ -1,17 +1,19 @@
-"""How often somebody may ask: a token bucket each, in this process."""
+"""How often somebody may ask, and how much at once, in this process."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Hashable
+from weakref import WeakValueDictionary
 
 _MOST = 10_000
 
 
 class RateLimit:
-    """``per_minute`` requests of each, all at once if they like.
+    """A token bucket each: ``per_minute`` requests, all at once if they like.
 
     :param most: how many are remembered. Beyond, whoever asked longest ago is forgotten: their bucket has
         had the most time to fill.
@@ -34,3 +36,18 @@ class RateLimit:
         while len(self._buckets) > self._most:
             self._buckets.popitem(last=False)
         return wait
+
+
+class AtOnce:
+    """``most`` at once of each. Forgets whoever has none."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._turns: WeakValueDictionary[Hashable, asyncio.Semaphore] = WeakValueDictionary()
+
+    def of(self, who: Hashable) -> asyncio.Semaphore:
+        """What to hold meanwhile."""
+        turns = self._turns.get(who)
+        if turns is None:
+            turns = self._turns[who] = asyncio.Semaphore(self._most)
+        return turns

@@ -32,6 +32,18 @@ Action = Annotated[
 Limit = Annotated[int, Field(ge=1, le=200)]
 
 
+def _in_utc(given: dt.datetime) -> dt.datetime:
+    if given.tzinfo is None:
+        raise ValueError("it has no time zone")
+    try:
+        return given.astimezone(dt.timezone.utc)
+    except OverflowError:
+        raise ValueError("in UTC it is of no year from 1 to 9999") from None
+
+
+Moment = Annotated[dt.datetime, AfterValidator(_in_utc)]
+
+
 def _value(given: object) -> object:
     return given.removeprefix("RiskBand.") if isinstance(given, str) else given
 
@@ -119,7 +131,7 @@ class CreateEvent(Asked):
     actionType: Annotated[Text, Field(pattern="^[A-Za-z][A-Za-z0-9_:-]{0,63}$")]  # noqa: N815
     chainId: uuid.UUID | None = None  # noqa: N815
     sessionId: Annotated[Text, Field(max_length=200)] | None = None  # noqa: N815
-    occurredAt: dt.datetime | None = None  # noqa: N815
+    occurredAt: Moment | None = None  # noqa: N815
     details: dict[str, Any] | None = None
 
 

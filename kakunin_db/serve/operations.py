@@ -153,6 +153,16 @@ def _json(value: dict[str, Any]) -> Jsonb:
     return Jsonb(value, dumps)
 
 
+def retire(agent_id: uuid.UUID, *, suspended: bool) -> Steps[None]:
+    """The first reason of a suspension stays until that is lifted: in the same statement, so that the agent
+    is at no moment, and after no failure, one that may be certified."""
+    lifted = "kakunin.reinstate_agent(a.agent_id)," if suspended else ""
+    yield Query(
+        f"select {lifted} kakunin.suspend_agent(a.agent_id, %s) from (select %s::uuid as agent_id) a",
+        [RETIRED, agent_id],
+    )
+
+
 def counts(agent_id: uuid.UUID, days: int) -> Steps[dict[str, Any]]:
     """Of the agent's events in the last days."""
     rows = yield Query(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import hashlib
-import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -22,7 +21,7 @@ from ..middleware.core import permits
 from ..tokens import jwks
 from . import models as m
 from . import operations as ops
-from .backend import Backend, Role
+from .backend import Backend, Role, loads
 from .operations import Caller, Described
 
 
@@ -94,7 +93,7 @@ MEDIA_TYPES: Final[dict[str, str]] = {
 class Route:
     """``scope`` is None for a public route. ``asked`` is the content's model, or the query's for a GET;
     ``answer`` the model of ``data``, with ``page`` of a list of it. ``problems`` are statuses beyond those
-    of every route like it."""
+    of every route like it. What is ``urgent`` waits for nothing else of its key."""
 
     method: str
     path: str
@@ -107,6 +106,7 @@ class Route:
     status: int = 200
     kind: Kind = "json"
     roles: tuple[Role, ...] = ("auditor",)
+    urgent: bool = False
     problems: tuple[int, ...] = ()
 
 
@@ -235,11 +235,7 @@ async def _set_status(call: Call, found: Described, status: str) -> None:
         for certificate in await client.certificates.list(agent_id):
             if certificate.status in ("active", "suspended", "not_yet_valid"):
                 await client.certificates.revoke(certificate.serial_number, "cessationOfOperation")
-        if (
-            suspended
-        ):  # the first reason stays until it is lifted; no certificate is left to be used meanwhile
-            await client.agents.reinstate(agent_id)
-        await client.agents.suspend(agent_id, ops.RETIRED)
+        await call.backend.run("operator", ops.retire(agent_id, suspended=suspended))
     elif status == "suspended" and not suspended:
         await client.agents.suspend(agent_id, _by(call, "suspended"))
     elif status == "active" and suspended:
@@ -367,7 +363,7 @@ async def sign(call: Call) -> Any:
 
 @route(
     "POST", "/v1/agents/{agent_id}/halt", scope="agents:halt", asked=m.Halt, answer=m.HaltReceipt,
-    roles=("operator",), problems=(404,),
+    roles=("operator",), urgent=True, problems=(404,),
 )  # fmt: skip
 async def halt(call: Call) -> Any:
     """The kill switch: suspend the agent and revoke its certificates, at once."""
@@ -494,14 +490,12 @@ async def create_event(call: Call) -> Any:
             f"agent {asked.agentId} has no certificate that it may use",
             hint="Certify it; where it is suspended, an operator reinstates it first.",
         )
-    if asked.occurredAt is not None and asked.occurredAt.tzinfo is None:
-        raise ProblemError(400, "occurredAt has no time zone")
     details = asked.details or {}
     # As the ledger has it.
     entered = dict(details)
     if asked.occurredAt is not None:
-        moment = asked.occurredAt.astimezone(dt.timezone.utc)
-        entered["occurred_at"] = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+        moment = asked.occurredAt.isoformat(timespec="microseconds")
+        entered["occurred_at"] = moment.replace("+00:00", "Z")
     if asked.chainId is None:
         event = await call.backend.client("gateway", found.serial).events.create(
             asked.actionType,
@@ -657,7 +651,7 @@ async def close_chain(call: Call) -> Any:
 
 
 def _report(row: dict[str, Any]) -> m.Report:
-    document = json.loads(row["document"])
+    document = loads(row["document"])
     events, risk = document["events"], document["risk"]
     summary = (
         f"{events['total']} events in {document['period']['days']} days; risk {risk['band']}"
