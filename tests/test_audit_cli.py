@@ -217,3 +217,31 @@ def test_a_worker_that_cannot_begin_says_why(
     assert "kakunin_worker" in err
     code, _, err = run(capsys, "worker", "--dsn", database.dsn("worker"))
     assert code == 2
+
+
+def test_g5_numbers_that_python_has_no_value_for_are_no_tampering(
+    ledger: tuple[Database, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An agent can write them; neither its own next reader nor the auditor's may stop at them, or cry wolf."""
+    database, folder = ledger
+    agent, key = database.agent(), database.ledger_key()
+    with database.connect("agent_1", autocommit=True) as session:
+        session.execute("select kakunin.bind_session(%s, false)", [database.ticket(agent, "agent_1")])
+        for metadata in ('{"n": 1e5000}', '{"rows": 1e400, "n": -1.5e-6000}', '{"n": 1.5e400}', "{}"):
+            session.execute("select kakunin.audit_log_append('api_call', %s)::text", [metadata])
+    with Kakunin(database.dsn("agent_1"), credential=agent.credential) as client:
+        events = client.events.list()
+    assert [event.metadata for event in events][::3] == [{}, {"n": "1" + "0" * 5000}]
+    dsn, ca = database.dsn("auditor"), str(folder / "root.pem")
+    for state in ("not sealed yet", "signed"):
+        if state == "signed":
+            database.seal_and_sign(key)
+        code, out, _ = run(capsys, "audit", "verify", "--dsn", dsn, "--ca", ca, "--json")
+        assert (code, json.loads(out)["findings"]) == (0, []), state
+    for event in events:
+        code, _, err = run(capsys, "audit", "prove", str(event.event_id), "--dsn", dsn)
+        assert code == 0, err
+    assert run(capsys, "audit", "list", "--dsn", dsn, "--json")[0] == 0
+    bundle = str(tmp_path / "bundle.jsonl")
+    assert run(capsys, "audit", "export", "--dsn", dsn, "--out", bundle)[0] == 0
+    assert run(capsys, "audit", "verify", bundle, "--ca", ca)[0] == 0

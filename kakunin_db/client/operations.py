@@ -37,6 +37,7 @@ from ..errors import (
     VerificationUnavailableError,
     with_sqlstate,
 )
+from ..jsonb import loads
 from ..results import (
     Agent,
     AgentRisk,
@@ -725,9 +726,8 @@ def require_agent_scope(
         raise CredentialRejectedError("the database has not answered what it was asked")
 
 
-_EVENT_OF = (
-    "event_id, agent_id, event_type, recorded_at, session_id, metadata, chain, sequence, hash, prev, risk"
-)
+# Metadata as text: a driver's own reader fails for numbers that the database can have.
+_EVENT_OF = "event_id, agent_id, event_type, recorded_at, session_id, metadata::text, chain, sequence, hash, prev, risk"
 
 
 def create_event(
@@ -809,7 +809,7 @@ def list_events(
         " order by event_id desc limit %(limit)s",
         {**given, "limit": limit},
     )
-    return [_event(row) for row in rows]
+    return [_event(row | {"metadata": loads(row["metadata"])}) for row in rows]
 
 
 # Certificates ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from cryptography import x509
 from psycopg.rows import dict_row
 
 from ..errors import BadInputError
+from ..jsonb import loads
 from ..logs import counted
 from .bundle import (
     MAX_LEAVES,
@@ -184,7 +185,7 @@ def verify_database(
         if leaf["entry"] is None:
             return
         try:
-            entry = json.loads(leaf["entry"])
+            entry = loads(leaf["entry"])
             chain, sequence = _place(entry)
             chains[chain] = _Stand(sequence, leaf["leaf_hash"].hex(), leaf["event_id"])
             finding = _columns(entry, leaf, leaf["index"])
@@ -310,7 +311,7 @@ def _tail(rows: list[dict[str, Any]], chains: dict[int, _Stand], index: int) -> 
             )  # fmt: skip
             continue
         try:
-            entry = json.loads(row["entry"])
+            entry = loads(row["entry"])
             finding = _columns(entry, row, index)
             chain, sequence = _place(entry)
             before = chains.get(chain, _START)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from ..client import AsyncKakunin
 from ..client.connectors import AsyncConnector
 from ..conninfo import is_gone, lasting
 from ..errors import KakuninError
+from ..jsonb import loads
 from ..signers import KeyStore
 
 if TYPE_CHECKING:
@@ -164,24 +163,6 @@ class Backend:
                 f"Where it should: grant {self.name(role)} to its login, and start it again.",
             )
         return pool
-
-
-def loads(data: str | bytes) -> Any:
-    """JSON, in which a number that Python has no value for is the text of it. The database has numbers of
-    any length, and whoever may append an event by SQL may write one there."""
-    return json.loads(data, parse_int=_integer, parse_float=_float)
-
-
-def _integer(digits: str) -> int | str:
-    try:
-        return int(digits)
-    except ValueError:  # sys.get_int_max_str_digits()
-        return digits
-
-
-def _float(digits: str) -> float | str:
-    value = float(digits)
-    return value if math.isfinite(value) else digits
 
 
 async def _configure(connection: psycopg.AsyncConnection[Any]) -> None:

@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse, Response
 
 from .. import results
 from ..errors import BadInputError, UnknownCertificateError
+from ..jsonb import loads
 from ..middleware.core import permits
 from ..tokens import jwks
 from . import models as m
 from . import operations as ops
-from .backend import Backend, Role, loads
+from .backend import Backend, Role
 from .operations import Caller, Described
 
 
