@@ -8,9 +8,9 @@ from typing import Any
 
 
 def loads(data: str | bytes) -> Any:
-    """Like :func:`json.loads`, but a number that Python has no value for (4,300 digits, or beyond a double) is its
-    text. ``jsonb`` holds them, and whoever may append an event may write one there: it must neither stop a
-    reader nor look like tampering.
+    """Like :func:`json.loads`, but a number that Python has no value for (more than 4,300 digits, or beyond
+    a double) is its text. ``jsonb`` holds them, and whoever may append an event may write one there: it must
+    neither stop a reader nor look like tampering.
 
     :raises ValueError: it is not JSON.
     """

@@ -222,7 +222,7 @@ def test_a_worker_that_cannot_begin_says_why(
 def test_g5_numbers_that_python_has_no_value_for_are_no_tampering(
     ledger: tuple[Database, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An agent can write them; neither its own next reader nor the auditor's may stop at them, or cry wolf."""
+    """An agent can write them. Its own next reader and an auditor's may neither stop there nor cry wolf."""
     database, folder = ledger
     agent, key = database.agent(), database.ledger_key()
     with database.connect("agent_1", autocommit=True) as session:

@@ -727,7 +727,10 @@ def require_agent_scope(
 
 
 # Metadata as text: a driver's own reader fails for numbers that the database can have.
-_EVENT_OF = "event_id, agent_id, event_type, recorded_at, session_id, metadata::text, chain, sequence, hash, prev, risk"
+_EVENT_OF = (
+    "event_id, agent_id, event_type, recorded_at, session_id, metadata::text,"
+    " chain, sequence, hash, prev, risk"
+)
 
 
 def create_event(
