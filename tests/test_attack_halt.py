@@ -854,7 +854,7 @@ def test_limit_a_halt_ends_no_backend_of_a_standby(cluster: Cluster) -> None:
             replica = Database(standby, primary.name)
 
             def caught_up() -> None:
-                primary.run("registrar", "select kakunin.create_agent('beat')")  # closed until a commit has come
+                primary.run("registrar", "select kakunin.create_agent('beat')")  # closed until a commit
                 target = primary.value("postgres", "select pg_current_wal_flush_lsn()")
                 end = time.monotonic() + 20
                 query = "select pg_last_wal_replay_lsn() >= %s::pg_lsn"
