@@ -903,16 +903,16 @@ def test_g6_an_old_snapshot_makes_no_fork(cluster: Any, isolation: str) -> None:
                     worker.execute(query.encode(), parameters)
 
 
-def test_g5_an_auditor_writes_nothing_but_that_it_has_read(database: Database) -> None:
+def test_g5_an_auditor_writes_nothing_but_reports_and_that_it_has_read(database: Database) -> None:
     database.seal_and_sign(database.ledger_key())
     before = database.run("postgres", "select * from kakunin_private.ledger order by event_id")
     may = {
         "inclusion_proof", "consistency_proof", "ledger_leaves", "frontier", "unsealed_entries",
         "stray_entries", "ledger_status", "ledger_home", "installation_id", "normalize_serial",
         "verify_certificate", "verify_message", "crls_due", "revocations", "current_agent_id", "agent_risk",
-        "risk_window", "webhook_status", "certificate_der",
+        "risk_window", "webhook_status", "certificate_der", "verify_decision_chain",
     }  # fmt: skip
-    recording = {"record_read", "record_export"}
+    recording = {"record_read", "record_export", "create_report"}
     callable_ = database.run(
         "postgres",
         "select proname, provolatile from pg_proc where pronamespace = 'kakunin'::regnamespace"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cluster import MAJORS, ROOT, Cluster
-from conftest import Database, _ca, fresh_database
+from conftest import Database, _ca, fresh_database, start_cluster
 from cryptography.hazmat.primitives import serialization
 from psycopg import sql as pgsql
 from test_export import database as supabase  # noqa: F401
@@ -37,6 +37,14 @@ VAULT = (
     " create index on {t} (permitted_agent_serial); select kakunin.protect('{t}');"
     " grant select, insert, update, delete on {t} to kakunin_agent"
 )
+
+
+@pytest.fixture(scope="module", params=MAJORS, ids=lambda m: f"pg{m}")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A server of its own: roles that other tests have left behind are not nothing to complain of."""
+    own = start_cluster(request.param)
+    yield own
+    own.destroy()
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,11 @@ def copied(cluster: Cluster, original: Original) -> Iterator[Tampered]:
     with fresh_database(cluster, original.database.name) as database:
         unguard(database)
         with database.connect("postgres") as connection:
+            # It stands for the original, that somebody has changed.
+            connection.execute(
+                "update kakunin_private.home set database ="
+                " (select oid from pg_database where datname = current_database())"
+            )
             connection.execute("create schema kept")
             for table in TABLES:
                 connection.execute(f"create table kept.{table} as table kakunin_private.{table}")
