@@ -174,13 +174,18 @@ def restore(file: Path, cluster: Cluster, name: str, user: str = "postgres") -> 
         admin.execute(f"create database {name}")
         admin.execute(f"grant create on database {name} to installer")
     database = Database(cluster, name)
+    restore_into(database, file, user)
+    return database
+
+
+def restore_into(database: Database, file: Path, user: str = "postgres") -> None:
+    cluster = database.cluster
     try:
         call(program(cluster, "pg_restore"), "--exit-on-error", "-d", database.dsn(user), file)
     except subprocess.CalledProcessError as error:
         if 'parameter "transaction_timeout"' in error.stderr:
             pytest.skip(f"there is no pg_restore of Postgres {cluster.major} on this machine")
         raise
-    return database
 
 
 @pytest.fixture(scope="module")
@@ -287,15 +292,15 @@ def test_a_dump_restored_in_place_does_not_fork_the_tree(
     origin: Origin, tmp_path: Path, recover: Recover
 ) -> None:
     """In the same database of the same server, and on the same timeline: the table is another one."""
-    database, cluster = origin.database, origin.database.cluster
+    database = origin.database
     file = dump(database, tmp_path / "dump")
     append(database, origin.agent, 3)
     latest = origin.sign()
-    cluster.release(database.name)
+    database.cluster.release(database.name)
     with database.connect("postgres") as admin:
         admin.execute("drop table vault")
         admin.execute("drop schema kakunin, kakunin_private cascade")
-    call(program(cluster, "pg_restore"), "--exit-on-error", "-d", database.dsn("postgres"), file)
+    restore_into(database, file)
     assert status(database)["signed_size"] < latest
     origin.serves()
     origin.signs_nothing(remembers=False)
