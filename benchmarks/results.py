@@ -38,8 +38,8 @@ RUNS = {
     "postgrest": [],
     "risk": [],
 }
-# One conversation at a time, on one processor: client and server wake each other, and waking another one takes a
-# virtual machine longer than what is compared.
+# One conversation at a time, on one processor: client and server wake each other, and on a virtual machine
+# waking another processor takes longer than what is compared.
 ONE_PROCESSOR = {"session", "policies", "append", "postgrest"}
 
 

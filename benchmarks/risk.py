@@ -267,7 +267,7 @@ def duration(seconds: float) -> str:
 
 
 def detected(agents: list[Agent], flags: list[list[Flag]], revoked: bool) -> tuple[str, ...]:
-    """Share found out; if any was, the median and 90th percentile of time, the median of attack events till then."""
+    """Share found out; if any was, median and 90th percentile of time, median of attack events till then."""
     times, events = [], []
     for agent, said in zip(agents, flags, strict=True):
         begin = agent.attacked_at
