@@ -36,8 +36,8 @@ FUZZ_EXAMPLES ?= 200
 .PHONY: help test lint check test-all frameworks pythons fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
-	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
-	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
+	@echo 'make test        lint, types and tests on Postgres 18, the attacks on 15 too, from nothing but Python'
+	@echo 'make test-all    all tests on every supported major (MAJORS=15,16,17,18)'
 	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
 	@echo 'make pythons     the core and the guards on other interpreters (PYTHONS)'
 	@echo 'make fuzz        schemathesis against kakunin-db serve, 200 examples an operation (FUZZ_EXAMPLES)'
