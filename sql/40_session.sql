@@ -81,7 +81,7 @@ comment on function kakunin_private.key_is_good(text, timestamptz) is 'Whether w
 create function kakunin_private.session_mac(p_inner bytea, p_outer bytea, p_message text) returns text
 language sql stable strict parallel safe
 return encode(sha256(p_outer || sha256(p_inner || convert_to(p_message, 'UTF8'))), 'hex');
-comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 in hexadecimal, from the stored pads';
+comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 (RFC 2104) in hexadecimal, from the pads that session_keys keeps';
 
 -- The login and the database come first, and quoted: neither a name with a bar in it nor what
 -- a caller puts into the rest can make one message read as another. One concat_ws() for all, because every
