@@ -180,7 +180,7 @@ declare
   v_size constant integer := octet_length(metadata::text) + coalesce(octet_length(financial_scope::text), 0);
 begin
   if coalesce(jsonb_typeof(metadata) <> 'object', true) or jsonb_typeof(financial_scope) <> 'object' or v_size > 16384
-    or kakunin_private.is_too_deep(metadata) then
+    or kakunin_private.is_too_deep(metadata) or kakunin_private.is_too_deep(financial_scope) then
     raise exception using errcode = 'KA010',
       message = 'metadata and financial scope are JSON objects of at most 16384 bytes together, nested at most 64 deep';
   end if;
