@@ -102,11 +102,11 @@ create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform kakunin_private.check_text('a reason', suspend_agent.reason, 1000);
   perform kakunin_private.lock_agent(suspend_agent.agent_id);
   update kakunin_private.agents a
      set suspended_at = coalesce(a.suspended_at, kakunin_private.clock()),
-         suspended_reason = coalesce(
-           a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
+         suspended_reason = coalesce(a.suspended_reason, suspend_agent.reason)
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
   perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));

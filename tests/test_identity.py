@@ -820,9 +820,11 @@ def test_suspension_stops_every_certificate_of_the_agent_until_it_is_lifted(data
 
 @pytest.mark.parametrize("reason", [None, "", "   ", "x" * 1001])
 def test_a_suspension_has_a_reason(database: Database, reason: str | None) -> None:
-    agent = database.agent()
+    agent, stopped = database.agent(), database.agent()
+    stopped.suspend()
     query = "select kakunin.suspend_agent(%s, %s)"
-    assert refused(database, "operator", query, [agent.agent_id, reason]).sqlstate == "KA010"
+    for one in (agent, stopped):
+        assert refused(database, "operator", query, [one.agent_id, reason]).sqlstate == "KA010"
     assert bindable(database, agent.serial) == "yes"
 
 
