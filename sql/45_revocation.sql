@@ -292,7 +292,8 @@ declare
 begin
   select * into v_halt from kakunin_private.halts h where h.halt_id = sign_halt.halt_id for update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given')),
+      hint = 'kakunin.halts shows them.';
   end if;
   select a.public_key_modulus into v_modulus from kakunin_private.authorities a
    where a.key_id = sign_halt.key_id collate "C" and a.distrusted_at is null;

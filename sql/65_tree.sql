@@ -979,7 +979,8 @@ begin
       hint = 'They are named by their month, such as ledger_202611.';
   end if;
   if v_to > kakunin_private.clock() - interval '1 hour' then
-    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition);
+    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition),
+      hint = 'Archive it an hour after its month has ended.';
   end if;
   -- Nothing is added from here on, and nothing uncommitted is in it.
   execute format('lock table kakunin_private.%I in share mode', archive_partition.partition);

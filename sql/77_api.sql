@@ -255,9 +255,11 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('a decision chain');
   select * into v_chain from kakunin_private.decision_chains d where d.chain_id = p_chain_id for no key update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no decision chain %s', coalesce(p_chain_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no decision chain %s', coalesce(p_chain_id::text, 'given')),
+      hint = 'kakunin.decision_chains shows them.';
   elsif v_chain.closed_at is not null then
-    raise exception using errcode = 'KA010', message = format('decision chain %s is closed', p_chain_id);
+    raise exception using errcode = 'KA010', message = format('decision chain %s is closed', p_chain_id),
+      hint = 'Open another.';
   end if;
   return v_chain;
 end
