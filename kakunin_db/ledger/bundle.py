@@ -1238,7 +1238,7 @@ def verify_bundle(
     :param witnesses: tree heads that were kept elsewhere (:func:`open_witness`); all are held.
     :param progress: called with the index reached, after each ``leaves/1`` and its entries.
     :returns: what is wrong, in the order in which it was met. Whatever the bundle is, nothing is raised for
-    it.
+        it.
     :raises BadInputError: ``roots`` has none, or a certificate that is no authority's.
     """
     return _Verifier(roots, witnesses, progress).run(lines)
