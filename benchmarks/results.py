@@ -1,6 +1,6 @@
 """Where benchmarks put what they measured, and the one table that `make bench` makes of it.
 
-    python benchmarks/results.py [--seconds 2] [--only ledger,policies] [--check]
+    python benchmarks/results.py [--only ledger,policies] [--check]
 
 Runs every benchmark of this folder that is in RUNS, one after the other, and writes the table at the head of
 docs/performance.md: what was measured, the median, and the ratio to what it was compared with in the same

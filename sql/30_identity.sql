@@ -39,7 +39,7 @@ begin
 end
 $$;
 comment on function kakunin.normalize_serial(text) is
-  'The canonical form of a certificate serial, 3A:F2:91:CC, from any common hexadecimal form; KA010 for anything else';
+  'The canonical form of a certificate serial, 3A:F2:91:CC, from any common hexadecimal form; KA010 for anything else. For all the kit''s roles';
 
 create table kakunin_private.agents (
   agent_id         uuid primary key default gen_random_uuid(),
@@ -169,7 +169,8 @@ begin
   if not kakunin_private.snapshot_is_fresh() then
     raise exception using errcode = 'KA010',
       message = format('%s is for READ COMMITTED transactions: in this one (%s) it might miss what was decided since it began',
-        p_what, current_setting('transaction_isolation'));
+        p_what, current_setting('transaction_isolation')),
+      hint = 'Begin the transaction READ COMMITTED.';
   end if;
 end
 $$;
@@ -185,10 +186,7 @@ end;
 comment on function kakunin_private.is_reinstated_since(uuid) is
   'Whether the agent was reinstated after this transaction took its snapshot';
 
--- The one definition of "this certificate may be used now"; bind and every statement's check share it.
--- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
--- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
--- Plain columns, not row types, so that the planner can inline it.
+-- A snapshot taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
 create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at timestamptz, p_agent_id uuid) returns boolean
 language plpgsql stable parallel safe
 as $$
@@ -203,6 +201,9 @@ $$;
 comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
   'Whether certificate or agent was stopped, or the agent reinstated, after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
 
+-- The one definition of "this certificate may be used now"; bind and every statement's check share it.
+-- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
+-- Plain columns, not row types, so that the planner can inline it.
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
   p_agent_id uuid, p_suspended_at timestamptz
@@ -434,7 +435,8 @@ declare
   v_agent_id uuid;
 begin
   if create_agent.model is null and create_agent.model_hash is not null then
-    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named',
+      hint = 'Give the model with it.';
   end if;
   insert into kakunin_private.agents (name, tenant, model, model_version, model_hash)
   values (
@@ -469,7 +471,8 @@ begin
   perform kakunin_private.lock_agent(update_agent.agent_id);
   if v_hash is not null and update_agent.model is null
     and exists (select from kakunin_private.agents a where a.agent_id = update_agent.agent_id and a.model is null) then
-    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named',
+      hint = 'Give the model with it.';
   end if;
   update kakunin_private.agents a
      set name = coalesce(kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200), a.name),

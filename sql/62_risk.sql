@@ -64,8 +64,20 @@ insert into kakunin_private.risk_settings default values;
 comment on table kakunin_private.risk_settings is 'How events are scored and what follows. Changed by kakunin.set_risk()';
 comment on column kakunin_private.risk_settings.mode is 'observe: scores are worked out and alerts recorded, but nobody is revoked and nothing refused';
 comment on column kakunin_private.risk_settings.base is 'The base score of each event type; "other" is for those not named';
+comment on column kakunin_private.risk_settings.medium is 'The score an agent''s band is medium from';
+comment on column kakunin_private.risk_settings.high is 'The score its band is high from';
+comment on column kakunin_private.risk_settings.critical is 'The score it is revoked from, its own or that of what is certain of one event';
+comment on column kakunin_private.risk_settings.half_life is 'How long it takes an attempt to count half as much';
+comment on column kakunin_private.risk_settings.soft_limit is 'The score that what is unusual takes an agent to at most, drift included';
 comment on column kakunin_private.risk_settings.violation is 'The hard score of an event outside the certificate''s financial scope';
 comment on column kakunin_private.risk_settings.gross is 'The hard score of one gross_ratio times over a limit, or more';
+comment on column kakunin_private.risk_settings.gross_ratio is 'How many times over a limit is gross';
+comment on column kakunin_private.risk_settings.rate_weight is 'The most of the factor rate: more events than at this time of the day before';
+comment on column kakunin_private.risk_settings.amount_weight is 'The most of the factor amount_deviation';
+comment on column kakunin_private.risk_settings.rows_weight is 'The most of the factor rows';
+comment on column kakunin_private.risk_settings.novelty_weight is 'The most of the factor novelty: a venue, tool or table that the agent never named';
+comment on column kakunin_private.risk_settings.malformed_weight is 'The most of the factor malformed_metadata';
+comment on column kakunin_private.risk_settings.drift_weight is 'The score that drift takes an agent to at most';
 comment on column kakunin_private.risk_settings.rate_floor is 'Events an hour that are not unusual whatever the baseline says';
 comment on column kakunin_private.risk_settings.quiet_floor is 'The same at hours of the day at which the agent does not work';
 comment on column kakunin_private.risk_settings.history_days is 'Days of history before anything is called unusual';
@@ -922,7 +934,8 @@ begin
   end if;
   select k into v_name from jsonb_object_keys(settings) k where k = 'only_row' or not to_jsonb(v_before) ? k limit 1;
   if found then
-    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64)));
+    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64))),
+      hint = 'set_risk(''{}'') shows them.';
   end if;
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
@@ -1064,7 +1077,8 @@ begin
    where r.review_id = review_risk.review_id and r.decided_at is null
   returning r.agent_id into v_agent_id;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given')),
+      hint = 'kakunin.risk_reviews shows them.';
   end if;
   perform kakunin_private.record('risk.reviewed', v_agent_id, jsonb_build_object('review_id', review_risk.review_id, 'decision', review_risk.decision));
 end

@@ -824,6 +824,11 @@ def test_a_suspension_has_a_reason(database: Database, reason: str | None) -> No
     query = "select kakunin.suspend_agent(%s, %s)"
     assert refused(database, "operator", query, [agent.agent_id, reason]).sqlstate == "KA010"
     assert bindable(database, agent.serial) == "yes"
+    agent.suspend()
+    with database.connect("operator") as operator:
+        operator.execute("set plan_cache_mode = force_generic_plan")  # nothing is worked out beforehand
+        with pytest.raises(psycopg.Error, match="a reason must be"):
+            operator.execute(query, [agent.agent_id, reason])
 
 
 @pytest.mark.parametrize("agent_id", [None, uuid.uuid4()], ids=["null", "unknown"])

@@ -190,11 +190,6 @@ class Worker:
         self._retry = 0.0
         self._not_before = 0.0
 
-    @property
-    def waker(self) -> socket.socket:
-        """A socket for ``signal.set_wakeup_fd()``: what is written to it ends a wait."""
-        return self._waker
-
     def stop(self) -> None:
         """Ends :meth:`run` after the step under way; for a signal handler or another thread to call."""
         self._stopping = True
@@ -349,7 +344,7 @@ class Worker:
         self._retry = 0.0
         self._recovered("signer")
         self._recovered("integrity")
-        self._witness(connection)
+        self._witness()
         return signed
 
     def _seal(self, connection: psycopg.Connection[dict[str, Any]]) -> int:
@@ -511,7 +506,7 @@ class Worker:
         assert missing is not None  # noqa: S101  (rows is not empty, so one was refused)
         raise missing
 
-    def _witness(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+    def _witness(self) -> None:
         """Shows the newest tree head to the witnesses whose time has come; one that is down stops nothing."""
         head = self._published
         if head is None:

@@ -292,7 +292,7 @@ async def certify(call: Call) -> Any:
         actions = found.metadata.get("scopes", [])
     if not (isinstance(actions, list) and all(isinstance(action, str) for action in actions)):
         raise ProblemError(422, "metadata.scopes is not a list of texts")
-    refused = [a for a in actions if "*" not in settings.permits and not _covered(a, settings.permits)]
+    refused = [a for a in actions if "*" not in settings.permits and not permits(settings.permits, a)]
     if refused:
         raise ProblemError(
             422,
@@ -315,10 +315,6 @@ async def certify(call: Call) -> Any:
 def _signing(call: Call) -> None:
     if call.backend.settings.keys is None:
         raise ProblemError(403, "this server may not: it has no key store")
-
-
-def _covered(action: str, permitted: Any) -> bool:
-    return action in permitted or permits(permitted, action)
 
 
 @route(
