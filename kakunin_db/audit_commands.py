@@ -423,6 +423,8 @@ def health(options: argparse.Namespace) -> int:
         )
     if status.leader is None:
         wrong.append("no worker leads: is kakunin-db worker running?")
+    if status.problem is not None:
+        wrong.append(f"the worker that leads: {status.problem}")
     if status.key_expires_at is None:
         wrong.append("no ledger key is registered: kakunin-db audit init")
     elif status.key_expires_at < soon:

@@ -115,7 +115,7 @@ class LedgerKey:
 @dataclass(frozen=True)
 class LedgerStatus:
     """How far sealing and signing are. ``lag_seconds`` is the age of the oldest committed entry without a
-    signature; ``leader`` the worker that leads, None where none does."""
+    signature; ``leader`` the worker that leads, None where none does, and ``problem`` what it fails at."""
 
     tree_size: int
     signed_size: int
@@ -128,6 +128,7 @@ class LedgerStatus:
     partitions_until: dt.datetime | None
     in_default_partition: bool
     key_expires_at: dt.datetime | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)

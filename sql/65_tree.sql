@@ -107,10 +107,12 @@ create table kakunin_private.leader (
   worker     uuid,
   name       text,
   since      timestamptz,
+  problem    text,
   expires_at timestamptz not null default '-infinity'
 ) with (fillfactor = 10);
 insert into kakunin_private.leader default values;
 comment on table kakunin_private.leader is 'Which worker leads, and until when unless it says so again';
+comment on column kakunin_private.leader.problem is 'What keeps it from signing or from its witness, as it says';
 
 create table kakunin_private.home (
   only_row          boolean primary key default true check (only_row),
@@ -560,7 +562,7 @@ comment on view kakunin.tree_heads is 'Signed tree heads, for whoever keeps them
 
 -- A lease, and no advisory lock, which any login could take. Two that believe they lead do no harm: sealing is one at a
 -- time, and a tree head of a size is stored once.
-create function kakunin.lead_ledger(worker uuid, name text, lease interval default '6 seconds') returns boolean
+create function kakunin.lead_ledger(worker uuid, name text, lease interval default '6 seconds', problem text default null) returns boolean
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -570,15 +572,15 @@ begin
     raise exception using errcode = 'KA010', message = 'a worker leads by its id, for 0 seconds to 5 minutes';
   end if;
   update kakunin_private.leader l
-     set worker = lead_ledger.worker, name = left(lead_ledger.name, 200),
+     set worker = lead_ledger.worker, name = left(lead_ledger.name, 200), problem = left(lead_ledger.problem, 1000),
          since = case when l.worker = lead_ledger.worker and l.expires_at >= v_now then l.since else v_now end,
          expires_at = v_now + lead_ledger.lease
    where l.worker = lead_ledger.worker or l.expires_at < v_now;
   return found;
 end
 $$;
-comment on function kakunin.lead_ledger(uuid, text, interval) is
-  'Makes this worker the one that leads, for so long, unless another one does; a lease of 0 gives it up. Returns whether it leads. For kakunin_worker';
+comment on function kakunin.lead_ledger(uuid, text, interval, text) is
+  'Makes this worker the one that leads, for so long, unless another one does; a lease of 0 gives it up. problem is what fails at the moment, for ledger_status(). Returns whether it leads. For kakunin_worker';
 
 create function kakunin.sleep_ledger() returns boolean
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -639,6 +641,7 @@ begin
     'last_signed_at', v_head.published_at,
     'leader', case when v_leader.expires_at >= v_now then v_leader.name end,
     'leader_since', case when v_leader.expires_at >= v_now then v_leader.since end,
+    'problem', case when v_leader.expires_at >= v_now then v_leader.problem end,
     'exported_size', coalesce((select max(e.tree_size) from kakunin_private.exports e), 0),
     'partitions_until', (select max(p.to_at) from kakunin_private.partitions p where p.archived_at is null),
     'in_default_partition', exists (select from kakunin_private.ledger_default),
@@ -647,7 +650,7 @@ begin
 end
 $$;
 comment on function kakunin.ledger_status() is
-  'How far sealing and signing are: sizes, lag_entries and lag_seconds (of the oldest entry without a signature), who leads, until when there are partitions. For kakunin_worker, kakunin_operator, kakunin_auditor';
+  'How far sealing and signing are: sizes, lag_entries and lag_seconds (of the oldest entry without a signature), who leads and what fails there, until when there are partitions. For kakunin_worker, kakunin_operator, kakunin_auditor';
 
 -- Another place -----------------------------------------------------------------------------------------
 

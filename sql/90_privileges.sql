@@ -91,7 +91,7 @@ grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;
 -- The worker seals and signs. It reads no entry.
 grant execute on function
   kakunin.seal_ledger(integer), kakunin.tree_head_to_sign(), kakunin.publish_tree_head(bigint, bigint, text, bytea),
-  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
+  kakunin.lead_ledger(uuid, text, interval, text), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
   to kakunin_worker;
 grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
 grant execute on function kakunin.ledger_status(), kakunin.ledger_home() to kakunin_worker, kakunin_operator, kakunin_auditor;

@@ -585,6 +585,42 @@ def test_ledger_without_a_key_a_worker_or_signatures(kit: Database) -> None:
     assert the(kit, "ledger-key") is None
 
 
+def test_a_ledger_in_another_place(kit: Database) -> None:
+    """A copy and a promotion, as kakunin-db recover tells them; and a worker that has a problem."""
+    key = kit.ledger_key()
+    kit.seal_and_sign(key)
+    assert the(kit, "ledger-place") is None
+    with fresh_database(kit.cluster, template=kit.name) as copy:
+        finding = the(copy, "ledger-place")
+        assert finding
+        assert (finding.object, finding.severity) == ("ledger", "critical")
+        assert re.search(r"sealed as table \d+ in database \d+ .* and this is table \d+ in", finding.reason)
+        for option in ("--continue", "--renew"):
+            assert option in (finding.command or "")
+        for login in ("auditor", "operator", "installer"):
+            assert the(copy, "ledger-place", user=login) == finding
+        copy.run("installer", "select kakunin.continue_ledger()")
+        assert the(copy, "ledger-place") is None
+    run(kit, "update kakunin_private.home set timeline = timeline + 1")
+    kit.agent()
+    for lag, severity in ((3600, "notice"), (0, "warning")):
+        finding = the(kit, "ledger-place", lag=lag)
+        assert finding
+        assert (finding.severity, "timeline" in finding.reason) == (severity, True)
+    kit.seal_and_sign(key)
+    assert the(kit, "ledger-place") is None
+
+    worker, lead = uuid.uuid4(), "select kakunin.lead_ledger(%s, 'w', '5 minutes', %s)"
+    for problem, severity in (("witness: S3 refuses", "warning"), ("integrity: another tree", "critical")):
+        kit.run("worker", lead, [worker, problem])
+        finding = the(kit, "ledger-worker")
+        assert finding
+        assert (finding.object, finding.severity) == ("worker", severity)
+        assert f"w says: {problem}" in finding.reason
+    kit.run("worker", lead, [worker, None])
+    assert the(kit, "ledger-worker") is None
+
+
 def test_an_entry_in_the_default_partition(kit: Database) -> None:
     partitions = (
         "do $$ declare p name; begin for p in delete from kakunin_private.partitions returning name loop"

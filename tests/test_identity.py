@@ -967,7 +967,7 @@ MAY_CALL = {
     "seal_ledger(integer)": {"worker"},
     "tree_head_to_sign()": {"worker"},
     "publish_tree_head(bigint,bigint,text,bytea)": {"worker"},
-    "lead_ledger(uuid,text,interval)": {"worker"},
+    "lead_ledger(uuid,text,interval,text)": {"worker"},
     "sleep_ledger()": {"worker"},
     "ledger_status()": {"worker", "operator", "auditor"},
     "ledger_home()": {"worker", "operator", "auditor"},

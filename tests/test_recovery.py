@@ -6,12 +6,15 @@ What goes on by itself afterwards, what stops until somebody decides, and that n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import json
+import logging
 import os
 import pwd
 import shutil
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,12 +26,14 @@ import pytest
 from cluster import MAJORS, ROOT, SERVER_USER, Cluster, binaries
 from conftest import Agent, Database, LedgerKey, OneKey, _ca, fresh_database, start_cluster
 from cryptography.hazmat.primitives.serialization import Encoding
+from test_witness import models, s3  # noqa: F401
 from test_worker import QUICK, append, running, signed, status, until
 
 from kakunin_db import CertificateAuthority, LocalSigner
 from kakunin_db.ca import Revocation
 from kakunin_db.cli import main
-from kakunin_db.ledger import TreeHead, Witness, open_witness
+from kakunin_db.doctor import examine
+from kakunin_db.ledger import TreeHead, Witness, WitnessUnavailableError, open_witness, witness_sql
 from kakunin_db.ledger.worker import Worker
 
 
@@ -106,7 +111,7 @@ def head(database: Database) -> TreeHead:
 
 
 @contextlib.contextmanager
-def original(database: Database, folder: Path) -> Iterator[Origin]:
+def original(database: Database, folder: Path, witness_uri: str = "") -> Iterator[Origin]:
     agent = database.agent("agent")
     with database.connect("app") as app:
         app.execute("create table vault (permitted_agent_serial text, content text)")
@@ -114,7 +119,7 @@ def original(database: Database, folder: Path) -> Iterator[Origin]:
         app.execute("insert into vault values (%s, 'ours'), ('AA', 'not ours')", [agent.serial])
         app.execute("select kakunin.protect('vault', audit => true)")
         app.execute("grant select, update on vault to kakunin_agent")
-    origin = Origin(database, agent, database.ledger_key(), f"file:{folder}/heads.jsonl")
+    origin = Origin(database, agent, database.ledger_key(), witness_uri or f"file:{folder}/heads.jsonl")
     append(database, agent, 20)
     origin.sign()
     append(database, agent, 5)  # and these are not signed yet
@@ -403,6 +408,168 @@ def test_the_kit_is_dumped_and_restored_by_its_owner(
         "select distinct proowner::regrole::text from pg_proc where pronamespace = 'kakunin'::regnamespace"
     )
     assert database.run("postgres", owners) == [("installer",)]
+
+
+# Two that both go on ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["file", "bucket", "database"])
+def witness_uri(request: pytest.FixtureRequest, cluster: Cluster, tmp_path: Path) -> Iterator[str]:
+    """A witness of each kind."""
+    if request.param == "file":
+        yield f"file:{tmp_path}/heads.jsonl"
+    elif request.param == "bucket":
+        request.getfixturevalue("s3")
+        yield "s3://locked/heads?region=us-east-1&retain_days=30"
+    else:
+        with fresh_database(cluster) as database:
+            with database.connect("installer", autocommit=True) as installer:
+                installer.execute(witness_sql())
+                installer.execute("grant usage on schema kakunin_witness to app")
+                installer.execute("grant select, insert on kakunin_witness.tree_heads to app")
+            yield "postgresql:" + database.dsn("app")
+
+
+class Meeting:
+    """A witness that is shown nothing before all who are to meet have looked at what it has."""
+
+    def __init__(self, witness: Witness, barrier: threading.Barrier, after: Callable[[], None]) -> None:
+        self._witness, self._barrier, self._after = witness, barrier, after
+        self._met = False
+
+    def publish(self, head: TreeHead) -> None:
+        if not self._met:
+            self._met = True
+            self._barrier.wait(60)
+            self._after()
+        self._witness.publish(head)
+
+    def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
+        return self._witness.heads(installation, beyond)
+
+
+@contextlib.contextmanager
+def two_copies(origin: Origin, recover: Recover) -> Iterator[list[Origin]]:
+    """Both were told that the original is gone; the second one has more entries than the first."""
+    cluster = origin.database.cluster
+    with (
+        fresh_database(cluster, template=origin.database.name) as one,
+        fresh_database(cluster, template=origin.database.name) as two,
+    ):
+        copies = [origin.at(one), origin.at(two)]
+        append(two, copies[1].agent, 40)
+        for copy in copies:
+            assert recover(copy.database, "--continue", "--witness", origin.witness_uri)[0] == 0
+        yield copies
+
+
+def meeting(copies: list[Origin], after: list[Callable[[], None]]) -> list[Worker]:
+    """A worker for each, who have both looked before either shows anything."""
+    barrier = threading.Barrier(len(copies))
+    return [
+        Worker(
+            copy.database.dsn("worker"),
+            OneKey(copy.key),
+            settings=QUICK,
+            witnesses=[Meeting(copy.witness, barrier, then)],
+        )
+        for copy, then in zip(copies, after, strict=True)
+    ]
+
+
+def stands_still(copy: Origin, worker: Worker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Entries are accepted and sealed, and not signed; metrics, health and doctor say why."""
+    until(lambda: worker.metrics.errors["integrity"] >= 2, "the refusal")
+    before = status(copy.database)
+    append(copy.database, copy.agent, 3)
+    until(lambda: status(copy.database)["tree_size"] >= before["tree_size"] + 3, "sealing")
+    until(lambda: (status(copy.database)["problem"] or "").startswith("integrity: "), "what the worker says")
+    assert status(copy.database)["signed_size"] == before["signed_size"]
+    capsys.readouterr()
+    assert main(["health", "--dsn", copy.database.dsn("worker")]) == 1
+    assert "the worker that leads: integrity: " in capsys.readouterr().out
+    with copy.database.connect("auditor", autocommit=True) as auditor:
+        [finding] = [f for f in examine(auditor).findings if f.id == "ledger-worker"]
+    assert (finding.severity, "kakunin-db recover" in (finding.command or "")) == ("critical", True)
+
+
+def test_g5_two_copies_that_both_go_on_notice_each_other(
+    cluster: Cluster,
+    witness_uri: str,
+    tmp_path: Path,
+    recover: Recover,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Both workers have looked, and found nothing, when both show their own. From the next time on neither
+    signs, nor does a worker that begins afresh, the one that is ahead included."""
+    logging.getLogger("kakunin_db.worker").propagate = True
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(fresh_database(cluster))
+        origin = stack.enter_context(original(database, tmp_path, witness_uri))
+        copies = stack.enter_context(two_copies(origin, recover))
+        workers = meeting(copies, [lambda: None, lambda: None])
+        with caplog.at_level(logging.CRITICAL), running(workers[0]), running(workers[1]):
+            counters = [worker.metrics.counters for worker in workers]
+            until(lambda: all(c["kakunin_worker_witnessed"] for c in counters), "what both show")
+            shown = [head(copy.database) for copy in copies]
+            assert shown[0].tree_size < shown[1].tree_size
+            assert set(shown) <= set(origin.heads())
+            for copy in copies:
+                append(copy.database, copy.agent)
+            for copy, worker in zip(copies, workers, strict=True):
+                stands_still(copy, worker, capsys)
+        assert set(origin.heads()) - set(shown) == {head(database)}
+        assert any("two databases are signed under one name" in r.getMessage() for r in caplog.records)
+        for copy in copies:
+            copy.signs_nothing(remembers=True)
+            assert recover(copy.database, "--witness", witness_uri)[1]["state"] == "lost"
+            assert recover(copy.database, "--renew", "--witness", witness_uri)[0] == 0
+            Origin(copy.database, copy.agent, copy.database.ledger_key(), witness_uri).goes_on()
+
+
+def test_g5_the_copy_that_comes_later_shows_nothing(
+    origin: Origin, recover: Recover, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has looked before, and signed, and looks again before it shows. So the witness has one history, and
+    who was shown first goes on."""
+    with two_copies(origin, recover) as copies:
+        first_has_shown = threading.Event()
+
+        def late() -> None:
+            first_has_shown.wait(60)
+            raise WitnessUnavailableError("it did not answer")
+
+        workers = meeting(copies, [lambda: None, late])
+        with running(workers[0]), running(workers[1]):
+            until(lambda: workers[0].metrics.counters["kakunin_worker_witnessed"], "its showing")
+            first_has_shown.set()
+            append(copies[1].database, copies[1].agent)
+            stands_still(copies[1], workers[1], capsys)
+            append(copies[0].database, copies[0].agent, 3)
+            until(signed(copies[0].database), "the signature")
+            until(lambda: head(copies[0].database) in list(origin.heads()), "the witness")
+            assert not workers[0].metrics.errors["integrity"]
+            assert not workers[1].metrics.counters["kakunin_worker_witnessed"]
+            assert head(copies[1].database) not in list(origin.heads())
+
+
+@pytest.mark.parametrize("size", [-10, 0, 10**6], ids=["smaller", "of the same size", "larger"])
+def test_g5_a_running_worker_stops_at_a_tree_head_of_another_tree(
+    origin: Origin, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As somebody may have put it there with a time that is none, and whoever signed it."""
+    with running(origin.worker(remembers=True)) as worker:
+        until(signed(origin.database), "the signature")
+        until(lambda: head(origin.database) in list(origin.heads()), "the witness")
+        ours = head(origin.database)
+        foreign = dataclasses.replace(
+            ours, tree_size=ours.tree_size + size, timestamp=2**63 - 1, root=b"x" * 32
+        )
+        origin.witness.publish(foreign)
+        append(origin.database, origin.agent)
+        stands_still(origin, worker, capsys)
+    origin.signs_nothing(remembers=True)
 
 
 # To a point in time -----------------------------------------------------------------------------------

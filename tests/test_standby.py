@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from cluster import Cluster
 from conftest import Agent, Database, OneKey, fresh_database
-from test_worker import running
+from test_worker import running, until
 
 from kakunin_db import CertificateCache, CredentialRejectedError, ReplicaLagError, bind_agent_session
 from kakunin_db.ledger.worker import Worker
@@ -264,6 +264,28 @@ def test_g1_a_standby_writes_nothing(replicated: Replicated) -> None:
                 connection.execute(statement)
 
 
+@contextlib.contextmanager
+def cut_off(upstream: Database) -> Iterator[None]:
+    """No standby of this server receives anything."""
+    hba = upstream.cluster.data / "pg_hba.conf"
+    before = hba.read_text()
+    hba.write_text("\n".join(line for line in before.splitlines() if "replication" not in line) + "\n")
+    try:
+        upstream.run("postgres", "select pg_reload_conf()")
+        until(
+            lambda: (
+                not upstream.value(
+                    "postgres", "select count(pg_terminate_backend(pid)) from pg_stat_replication"
+                )
+            ),
+            "the end of replication",
+        )
+        yield
+    finally:
+        hba.write_text(before)
+        upstream.run("postgres", "select pg_reload_conf()")
+
+
 def test_g8_a_standby_that_is_cut_off_closes(replicated: Replicated) -> None:
     """Open transactions, sessions, gateways and new bindings alike, whatever it believes of itself; and all
     are back with the next commit that it replays."""
@@ -285,42 +307,94 @@ def test_g8_a_standby_that_is_cut_off_closes(replicated: Replicated) -> None:
         gateway.execute("select kakunin.bind_serial(%s)", [agent.serial])
         bound = (transaction, session, gateway)
         assert [one(c, COUNT) for c in bound] == [2, 2, 2]
-        # Its receiver goes, and does not come back.
-        admin.execute("alter system set primary_conninfo = 'host=/nowhere'")
         try:
-            admin.execute("select pg_reload_conf()")
-            end = time.monotonic() + 20
-            while any(one(c, COUNT) for c in bound):
-                assert time.monotonic() < end, "it stays open"
-                time.sleep(0.1)
-            age = one(admin, "select clock_timestamp() - pg_last_xact_replay_timestamp()")
-            assert dt.timedelta(seconds=5) <= age < dt.timedelta(seconds=8)
-            # What it is said to be behind is nothing.
-            assert one(admin, "select pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()")
-            for connection in bound:
-                assert one(connection, SERIAL) is None
-            with refused("KA012"):
-                transaction.execute(REQUIRE)
-            for login, query, parameter in (
-                ("agent_1", "select kakunin.bind_session(%s)", ticket),
-                ("gateway", "select kakunin.bind_serial(%s)", agent.serial),
-                ("auditor", "select kakunin.verify_certificate(%s)", agent.serial),
-                ("gateway", "select kakunin.authenticate_api_key('kkn', %s)", b"x"),
-            ):
-                with replicated.replica.connect(login) as connection, refused("KA012"):
-                    connection.execute(query, [parameter])
-            with (
-                replicated.replica.connect("agent_1") as reader,
-                pytest.raises(ReplicaLagError, match="has replayed what was committed until"),
-                bind_agent_session(reader, credential),
-            ):
-                reader.execute(COUNT)
+            with cut_off(replicated.primary):
+                end = time.monotonic() + 20
+                while any(one(c, COUNT) for c in bound):
+                    assert time.monotonic() < end, "it stays open"
+                    time.sleep(0.1)
+                age = one(admin, "select clock_timestamp() - pg_last_xact_replay_timestamp()")
+                assert dt.timedelta(seconds=5) <= age < dt.timedelta(seconds=8)
+                # What it is said to be behind is nothing.
+                assert one(admin, "select pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()")
+                for connection in bound:
+                    assert one(connection, SERIAL) is None
+                with refused("KA012"):
+                    transaction.execute(REQUIRE)
+                for login, query, parameter in (
+                    ("agent_1", "select kakunin.bind_session(%s)", ticket),
+                    ("gateway", "select kakunin.bind_serial(%s)", agent.serial),
+                    ("auditor", "select kakunin.verify_certificate(%s)", agent.serial),
+                    ("gateway", "select kakunin.authenticate_api_key('kkn', %s)", b"x"),
+                ):
+                    with replicated.replica.connect(login) as connection, refused("KA012"):
+                        connection.execute(query, [parameter])
+                with (
+                    replicated.replica.connect("agent_1") as reader,
+                    pytest.raises(ReplicaLagError, match="has replayed what was committed until"),
+                    bind_agent_session(reader, credential),
+                ):
+                    reader.execute(COUNT)
         finally:
-            admin.execute("alter system reset primary_conninfo")
-            admin.execute("select pg_reload_conf()")
             replicated.primary.run("operator", "select kakunin.set_replica_lag('1 minute')")
         replicated.caught_up()
         assert [one(c, COUNT) for c in (session,)] == [2]
+
+
+def test_g1_g3_g8_a_standby_of_a_standby(replicated: Replicated) -> None:
+    """Sessions bind there, revocations arrive there, and it closes with the one before it, or by itself."""
+    middle = replicated.replica
+    conninfo = f"host={middle.cluster.host} port={middle.cluster.port} user=postgres"
+    # The log of these servers has no whole pages, so that no backup can be made of a standby.
+    server = replicated.primary.cluster.backup(primary_conninfo=conninfo)
+    (server.data / "standby.signal").touch()
+    try:
+        server.start()
+        far = Database(server, replicated.primary.name)
+        chain = Replicated(replicated.primary, far)
+        agents = [replicated.agent() for _ in range(2)]
+        tickets = [replicated.primary.ticket(a, "agent_1") for a in agents]
+        chain.caught_up()
+        cascading = "select application_name, state from pg_stat_replication"
+        assert [state for _, state in middle.run("postgres", cascading)] == ["streaming"]
+        with far.connect("agent_1") as connection:
+            for agent, ticket in zip(agents, tickets, strict=True):
+                connection.execute("select kakunin.bind_session(%s)", [ticket])
+                assert connection.execute(
+                    "select count(*), min(permitted_agent_serial), max(permitted_agent_serial) from vault"
+                ).fetchone() == (2, agent.serial, agent.serial)
+            agents[1].revoke()
+            chain.caught_up()
+            assert one(connection, COUNT) == 0
+            with refused("KA002"):
+                connection.execute(REQUIRE)
+
+        replicated.primary.run("operator", "select kakunin.set_replica_lag('5 seconds')")
+        chain.caught_up()
+        with (
+            middle.connect("agent_1", autocommit=True) as near,
+            far.connect("agent_1", autocommit=True) as distant,
+        ):
+            for connection in (near, distant):
+                connection.execute("select kakunin.bind_session(%s, false)", [tickets[0]])
+                assert one(connection, COUNT) == 2
+            for upstream, closed in ((middle, [2, 0]), (replicated.primary, [0, 0])):
+                with cut_off(upstream):
+                    end = time.monotonic() + 20
+                    while [one(connection, COUNT) for connection in (near, distant)] != closed:
+                        assert time.monotonic() < end, "it stays open"
+                        replicated.primary.run("app", "insert into vault values ('AA', 'a heartbeat')")
+                        time.sleep(0.1)
+                    with refused("KA012"):
+                        distant.execute(REQUIRE)
+                replicated.primary.run("app", "insert into vault values ('AA', 'a heartbeat')")
+                replicated.caught_up()
+                chain.caught_up()
+                assert [one(connection, COUNT) for connection in (near, distant)] == [2, 2]
+    finally:
+        server.destroy()
+        replicated.primary.run("operator", "select kakunin.set_replica_lag('1 minute')")
+        replicated.primary.run("app", "delete from vault where permitted_agent_serial = 'AA'")
 
 
 def test_g8_an_idle_primary_with_a_worker_keeps_its_standby_open(replicated: Replicated) -> None:

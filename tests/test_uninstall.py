@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import psycopg
 import psycopg.sql
 import pytest
 from catalog import everything
-from cluster import Cluster
+from cluster import ROOT, Cluster
 from conftest import Database, _ca, fresh_database
 from cryptography.hazmat.primitives.serialization import Encoding
 from test_worker import append
@@ -84,6 +85,34 @@ def test_no_row_is_seen_that_was_not(database: Database) -> None:
             database.run("stranger", f"insert into {name} values ('AA')")
     kit = "select count(*) from pg_namespace where nspname like 'kakunin%%'"
     assert database.value("postgres", kit) == 0
+
+
+def test_what_stays_and_is_taken_away_by_hand(database: Database) -> None:
+    """docs/recovery.md: a forced table stays shut to its owner as well, until that is taken away by name."""
+    said = (ROOT / "docs/recovery.md").read_text()
+    [look] = re.findall(r"```sql\n(select c\.oid.*?)```", said, re.DOTALL)
+    database.run("app", "select kakunin.protect('notes', force => true)")
+    database.run("app", "create policy claims on own for insert with check (serial is not null)")
+    uninstall(database.dsn("postgres"), plan(database.dsn("postgres"), without_export=True))
+    rows = {row[0]: row[1:4] for row in database.run("postgres", look)}
+    assert rows == {
+        "notes": ("app", True, []),
+        "own": ("app", False, ["claims"]),
+        "parted": ("app", False, []),
+        "parted_1": ("app", False, []),
+    }
+    assert [seen(database, "notes", login) for login in ("app", *OTHERS)] == [0] * (len(OTHERS) + 1)
+    for statement, owner, others in (
+        ("alter table {} no force row level security;", 1, 0),
+        ("alter table {} disable row level security;", 1, 1),
+    ):
+        assert statement.format("vault") in said
+        database.run("app", statement.format("notes"))
+        assert seen(database, "notes", "app") == owner
+        assert [seen(database, "notes", login) for login in OTHERS] == [others] * len(OTHERS)
+    assert "drop policy agent_vault on vault;" in said
+    database.run("app", "drop policy claims on own;")
+    assert [row for row in database.run("postgres", look) if row[3]] == []
 
 
 def test_it_refuses_what_would_open_a_table(database: Database) -> None:

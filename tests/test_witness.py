@@ -178,6 +178,28 @@ def test_a_file_with_something_else(tmp_path: Path, line: bytes) -> None:
         list(FileWitness(path).heads(ONE))
 
 
+def test_a_file_is_read_on_from_where_it_was(tmp_path: Path) -> None:
+    """What others have added is seen. What is asked for again is read again, and so is a file put back."""
+    path = tmp_path / "heads"
+    witness, other = FileWitness(path), FileWitness(path)
+    heads = [head(5), head(40), head(7, TWO)]
+    for one in heads:
+        other.publish(one)
+    assert list(witness.heads(ONE, 5)) == [head(40)]
+    other.publish(head(30))
+    other.publish(head(50))
+    with path.open("ab") as file:
+        file.write(_line(head(60))[:-20])  # being written
+    assert list(witness.heads(ONE, 40)) == [head(50)]
+    with path.open("ab") as file:
+        file.write(_line(head(60))[-20:])
+    assert list(witness.heads(ONE, 50)) == [head(60)]
+    assert list(witness.heads(ONE)) == [head(5), head(40), head(30), head(50), head(60)]
+    assert list(witness.heads(TWO, 6)) == [head(7, TWO)]
+    path.write_bytes(_line(head(100)))
+    assert list(witness.heads(ONE, 60)) == [head(100)]
+
+
 def test_a_file_that_cannot_be(tmp_path: Path) -> None:
     witness = FileWitness(tmp_path / "no" / "such" / "folder")
     with pytest.raises(WitnessError, match="cannot be written: No such file"):
@@ -283,6 +305,16 @@ def test_many_heads_are_listed_in_pages(s3: Any, monkeypatch: pytest.MonkeyPatch
     page = s3.list_object_versions(Bucket="locked")
     assert (len(page["Versions"]), page["IsTruncated"]) == (10, True)
     assert [h.tree_size for h in locked().heads(ONE)] == list(range(25))
+    client = Client(s3)
+    witness = S3Witness("locked", "heads", client=client)
+    for listings in (3, 1):  # the second time from the last one on that was passed over
+        assert [h.tree_size for h in witness.heads(ONE, 22)] == [23, 24]
+        assert [name for name, _ in client.calls].count("list_object_versions") == listings
+        client.calls.clear()
+    witness.publish(head(24, timestamp=1))
+    witness.publish(head(1000))
+    assert [h.tree_size for h in witness.heads(ONE, 23)] == [24, 24, 1000]
+    assert [h.tree_size for h in witness.heads(ONE)] == [*range(25), 24, 1000]
 
 
 def test_other_objects_in_the_bucket(s3: Any) -> None:

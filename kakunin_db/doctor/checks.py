@@ -116,6 +116,20 @@ CHECKS: Final[tuple[Check, ...]] = (
         needs=("kakunin.ledger_status()",),
     ),
     Check(
+        "ledger-worker",
+        "critical",
+        "the worker that leads cannot sign, or not show it to a witness",
+        state.worker,
+        needs=("kakunin.ledger_status()",),
+    ),
+    Check(
+        "ledger-place",
+        "critical",
+        "the ledger is a copy, or was moved, put back or promoted",
+        state.place,
+        needs=("kakunin.ledger_home()", "kakunin.ledger_status()"),
+    ),
+    Check(
         "ledger-key",
         "critical",
         "the ledger has no key, or one that is about to expire",

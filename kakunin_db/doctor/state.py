@@ -12,6 +12,10 @@ from .findings import Finding
 # The first release of each major that does not give hidden rows to INSERT ... ON CONFLICT (CVE-2026-120154).
 _FIXED: Final = {15: 20, 16: 16, 17: 12, 18: 7}
 _SOON: Final = dt.timedelta(days=14)
+_RECOVER: Final = (
+    "kakunin-db recover --witness URI, and again with --continue where the original is gone for good, or with"
+    " --renew where it goes on elsewhere"
+)
 
 
 def outdated(facts: Facts) -> list[Finding]:
@@ -102,6 +106,66 @@ def lag(facts: Facts) -> list[Finding]:
     if status["leader"] is None:
         found.append(Finding("ledger-lag", "warning", "worker", "none leads", None, "kakunin-db worker"))
     return found
+
+
+def worker(facts: Facts) -> list[Finding]:
+    status = _status(facts, "kakunin.ledger_status()")
+    problem = status.get("problem")
+    if problem is None:
+        return []
+    forked = problem.startswith("integrity:")
+    return [
+        Finding(
+            "ledger-worker",
+            "critical" if forked else "warning",
+            "worker",
+            f"{status['leader']} says: {problem}",
+            None,
+            _RECOVER if forked else "see to what it says, and to its log",
+        )
+    ]
+
+
+def place(facts: Facts) -> list[Finding]:
+    """An auditor's replica has the publisher's place, and is not to sign."""
+    home = _status(facts, "kakunin.ledger_home()")
+    replicated = facts.value(
+        "select exists (select from pg_subscription_rel s join pg_class c on c.oid = s.srrelid"
+        " join pg_namespace n on n.oid = c.relnamespace"
+        " where n.nspname = 'kakunin_private' and c.relname = 'home')"
+    )
+    if replicated or not (home["moved"] or home["promoted"]):
+        return []
+    was, here = home["home"], home["here"]
+    if home["moved"]:
+        where = [
+            f"table {at['ledger']} in database {at['database']} of server"
+            f" {at['system_identifier'] or '(unknown)'}"
+            for at in (was, here)
+        ]
+        return [
+            Finding(
+                "ledger-place",
+                "critical",
+                "ledger",
+                f"it was sealed as {where[0]}, and this is {where[1]}: a copy, or it was moved or put back."
+                " Nothing is sealed or signed here",
+                None,
+                _RECOVER,
+            )
+        ]
+    late = _status(facts, "kakunin.ledger_status()")["lag_seconds"] > facts.max_lag
+    return [
+        Finding(
+            "ledger-place",
+            "warning" if late else "notice",
+            "ledger",
+            f"since its newest tree head the server was promoted, or recovered to a point in time (timeline"
+            f" {was['timeline']}, now {here['timeline']}). Without a witness a new worker signs nothing",
+            None,
+            _RECOVER,
+        )
+    ]
 
 
 def ledger_key(facts: Facts) -> list[Finding]:

@@ -114,6 +114,8 @@ class FileWitness:
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
+        # Of each installation, how many bytes and lines need not be read again, and the largest tree in them.
+        self._passed: dict[uuid.UUID, tuple[int, int, int]] = {}
 
     def publish(self, head: TreeHead) -> None:
         line = json.dumps(head.to_json(), separators=(",", ":")).encode() + b"\n"
@@ -147,17 +149,26 @@ class FileWitness:
             raise OSError(errno.ENOSPC, "the disk is full")
 
     def heads(self, installation: uuid.UUID, beyond: int = -1) -> Iterator[TreeHead]:
+        at, number, most = self._passed.get(installation, (0, 0, -1))
         try:
             with self._path.open("rb") as file:
-                number = 0
+                if most > beyond or at > file.seek(0, os.SEEK_END):
+                    at, number, most = 0, 0, -1
+                file.seek(at)
+                last = b"\n"
                 while line := file.readline(_MAX_HEAD):
-                    number += 1
+                    at, number, last = at + len(line), number + 1, line
                     # The last character of an object: without it a crash has cut the line short.
                     if not line.rstrip(b"\n").endswith(b"}"):
                         continue
                     head = self._parse(line, number)
-                    if head.installation == installation and head.tree_size > beyond:
-                        yield head
+                    if head.installation == installation:
+                        most = max(most, head.tree_size)
+                        if head.tree_size > beyond:
+                            yield head
+                if not last.endswith(b"\n"):  # somebody writes it
+                    at, number = at - len(last), number - 1
+                self._passed[installation] = at, number, most
         except FileNotFoundError:
             return
         except OSError as error:
@@ -268,6 +279,8 @@ class S3Witness:
         self._retention = dt.timedelta(days=retain_days)
         self._client = client or _new_client(region, endpoint_url)
         self._deadline = deadline
+        # Of each folder, the keys that were listed last, from the newest that was asked to be passed over.
+        self._listed: dict[str, list[tuple[int, str]]] = {}
 
     def _folder(self, installation: uuid.UUID) -> str:
         return f"{self._prefix}{installation}/"
@@ -314,15 +327,23 @@ class S3Witness:
 
     def _versions(self, prefix: str, beyond: int = -1) -> Iterator[TreeHead]:
         name = re.compile(r"([0-9]{20})-[0-9]{1,19}\.json")
-        # All keys are listed, a thousand a request: servers do not agree on what a KeyMarker skips.
-        marker: dict[str, str] = {}
+        # All keys are listed once, a thousand a request, and later from one on that is there: servers do not
+        # agree on what another KeyMarker skips.
+        passed = [key for key in self._listed.get(prefix, []) if key[0] <= beyond][-1:]
+        marker = {"KeyMarker": passed[0][1]} if passed else {}
+        listed: list[tuple[int, str]] = []
         while True:
             page = self._call("ListObjectVersions", Bucket=self._bucket, Prefix=prefix, **marker)
             for version in page.get("Versions", ()):
                 found = name.fullmatch(version["Key"].rpartition("/")[2])
                 if found and int(found[1]) > beyond:
+                    listed.append((int(found[1]), version["Key"]))
                     yield self._get(version["Key"], version["VersionId"])
+                elif found:
+                    passed = [(int(found[1]), version["Key"])]
             if not page.get("IsTruncated"):
+                if prefix.endswith("/"):  # and is not one key
+                    self._listed[prefix] = passed + listed
                 return
             marker = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page["NextVersionIdMarker"]}
 

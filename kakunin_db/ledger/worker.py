@@ -10,6 +10,11 @@ failover to a standby that lacked the end of it, is not signed anew. A worker th
 memory up as well, and who begins to lead, or is connected anew, asks the witnesses again. Where the server
 was promoted, or recovered to a point in time, and neither it nor a witness remembers what was signed last,
 it signs nothing until the owner has said that this is the ledger (kakunin.continue_ledger()).
+
+Nothing in two copies of one database, both of which were told to go on, tells the one of the other; a witness
+that both have does. So before a worker shows it a tree head it looks at what others have shown since. One
+that is not of the tree here ends the signing, and not the sealing: that is behind with its signatures then,
+which can be made good, and a second history under one name cannot.
 """
 
 from __future__ import annotations
@@ -53,6 +58,9 @@ _STATUS_EVERY = 5.0
 _PARTITIONS_EVERY = 3600.0
 _EXPIRIES_EVERY = 30.0
 _MOST_EXPIRIES = 1000
+# A witness may have been shown another worker's tree head while ours was under way: within this, beside the
+# time between two of ours.
+_AT_THE_SAME_TIME = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +141,7 @@ _COUNTERS = {
     "kakunin_webhooks_failed_attempts": "Attempts of this worker to deliver that failed",
 }
 _ERRORS = ("database", "signer", "integrity", "witness", "risk", "webhooks")
+_GRAVEST = ("integrity", "signer", "witness", "risk")
 
 
 class _Signed(NamedTuple):
@@ -140,6 +149,20 @@ class _Signed(NamedTuple):
 
     tree_size: int
     root: bytes
+
+
+@dataclasses.dataclass
+class _Shown:
+    """The newest tree head that a witness was shown, when the next one is due, and over more than how many
+    entries those are that are looked at before.
+
+    ``beyond`` stays one behind ``head``: another worker that looked before that was shown may have shown a
+    smaller one since.
+    """
+
+    due: float = 0.0
+    head: TreeHead | None = None
+    beyond: int | None = None
 
 
 class Worker:
@@ -179,7 +202,7 @@ class Worker:
         self._published: TreeHead | None = None  # what witnesses are shown
         self._asked = False  # the witnesses, since it leads on this connection
         self._remembers = False  # what was signed before this server was promoted, if it was
-        self._witnessed: dict[int, tuple[float, TreeHead | None]] = {}
+        self._witnessed = [_Shown() for _ in self._witnesses]
         self._signers: dict[str, Signer] = {}
         self._told: dict[str, str] = {}
         self._leading = False
@@ -299,13 +322,13 @@ class Worker:
             return
         lease = dt.timedelta(seconds=self._settings.lease)
         before = self._leading
-        self._leading = bool(
-            self._value(connection, "select kakunin.lead_ledger(%s, %s, %s)", self._id, self._name, lease)
-        )
+        lead = "select kakunin.lead_ledger(%s, %s, %s, %s)"
+        self._leading = bool(self._value(connection, lead, self._id, self._name, lease, self._problem()))
         self._until = now + self._settings.lease / 3
         self.metrics.gauges["kakunin_worker_leader"] = float(self._leading)
         if self._leading != before:
             self._asked = False
+            self._witnessed = [_Shown() for _ in self._witnesses]  # others have shown them more since
             say(
                 logging.INFO,
                 "leader",
@@ -359,7 +382,8 @@ class Worker:
         """Signs and publishes a tree head, if one is due. Raises KakuninError."""
         if not self._asked:
             self._learn(connection)
-            self._ask_witnesses()
+            for witness, shown in zip(self._witnesses, self._witnessed, strict=True):
+                self._compare(connection, witness, shown)
             self._check_timeline(connection)
             self._asked = True
         due = connection.execute(
@@ -406,7 +430,7 @@ class Worker:
             # kakunin.renew_installation() begins another ledger, and its key is another.
             self._installation, self._last, self._published, self._asked = installation, None, None, False
             self._remembers = False
-            self._witnessed.clear()
+            self._witnessed = [_Shown() for _ in self._witnesses]
         row = connection.execute(
             'select installation_id, tree_size, "timestamp", root, key_id, signature from kakunin.tree_heads'
             " order by tree_size desc limit 1"
@@ -418,17 +442,45 @@ class Worker:
         self._last, self._published = _Signed(stored.tree_size, stored.root), stored
         return stored
 
-    def _ask_witnesses(self) -> None:
-        """Remembers the newest tree head that a witness has. Without its answer nothing is signed."""
+    def _compare(
+        self, connection: psycopg.Connection[dict[str, Any]], witness: Witness, shown: _Shown
+    ) -> None:
+        """Compares what a witness has with the tree, and remembers the newest that it has. Without its answer
+        nothing is signed. Raises LedgerIntegrityError where a tree head of its is of another tree."""
         assert self._installation is not None  # noqa: S101  (_learn() comes first)
-        for witness in self._witnesses:
-            beyond = self._last.tree_size - 1 if self._last else -1
-            for head in witness.heads(self._installation, beyond):
-                seen = _Signed(head.tree_size, head.root)
-                if self._last is None or seen.tree_size > self._last.tree_size:
-                    self._last = seen
-                elif seen.tree_size == self._last.tree_size and seen != self._last:
-                    raise _behind(seen, seen.tree_size)
+        ours = self._published
+        if shown.beyond is None:
+            shown.beyond = -1 if ours is None else self._some_time_before(connection, ours)
+        heads = list(witness.heads(self._installation, shown.beyond))
+        stored = connection.execute(
+            "select tree_size, root from kakunin.tree_heads where tree_size = any(%s)",
+            [[head.tree_size for head in heads]],
+        ).fetchall()
+        known = {(row["tree_size"], row["root"]) for row in stored}
+        for head in heads:
+            seen = _Signed(head.tree_size, head.root)
+            if seen in known:
+                continue
+            # What is not among the tree heads may be of the tree: a standby got the entries, and not it.
+            if ours is not None and seen.tree_size <= ours.tree_size:
+                try:
+                    self._check_consistent(connection, seen, ours.tree_size, ours.root)
+                except LedgerIntegrityError as error:
+                    raise _forked(head) from error
+            elif self._last is None or seen.tree_size > self._last.tree_size:
+                self._last = seen
+            elif seen.tree_size == self._last.tree_size and seen != self._last:
+                raise _forked(head)
+
+    def _some_time_before(self, connection: psycopg.Connection[dict[str, Any]], head: TreeHead) -> int:
+        """How many entries had been signed when another worker's tree head cannot have been under way."""
+        before = head.timestamp - int(1000 * (_AT_THE_SAME_TIME + 2 * self._settings.witness_every))
+        query = (
+            'select tree_size from kakunin.tree_heads where "timestamp" < %s'
+            ' order by "timestamp" desc limit 1'
+        )
+        size = self._value(connection, query, before)
+        return -1 if size is None else int(size)
 
     def _check_timeline(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Raises LedgerIntegrityError where nobody could tell that the end of the ledger was lost."""
@@ -469,7 +521,12 @@ class Worker:
             return
         if size < last.tree_size or (size == last.tree_size and root != last.root):
             raise _behind(last, size)
-        if size == last.tree_size:
+        self._check_consistent(connection, last, size, root)
+
+    def _check_consistent(
+        self, connection: psycopg.Connection[dict[str, Any]], last: _Signed, size: int, root: bytes
+    ) -> None:
+        if (size, root) == last:
             return
         try:
             proof = self._value(connection, "select kakunin.consistency_proof(%s, %s)", last.tree_size, size)
@@ -506,25 +563,35 @@ class Worker:
         assert missing is not None  # noqa: S101  (rows is not empty, so one was refused)
         raise missing
 
-    def _witness(self) -> None:
-        """Shows the newest tree head to the witnesses whose time has come; one that is down stops nothing."""
+    def _witness(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
+        """Shows the newest tree head to the witnesses whose time has come. One that is down stops nothing;
+        one that has another tree's stops the signing, and is asked again before it goes on."""
         head = self._published
-        if head is None:
+        if head is None or head.installation != self._installation:
             return
         now = time.monotonic()
-        for at, witness in enumerate(self._witnesses):
-            due, shown = self._witnessed.get(at, (0.0, None))
-            if now < due or (shown is not None and shown.tree_size >= head.tree_size):
+        for witness, shown in zip(self._witnesses, self._witnessed, strict=True):
+            if now < shown.due or (shown.head is not None and shown.head.tree_size >= head.tree_size):
                 continue
+            shown.due = now + self._settings.witness_every
             try:
+                self._compare(connection, witness, shown)
+                assert self._last is not None  # noqa: S101  (head was signed)
+                if self._last.tree_size > head.tree_size:
+                    raise _behind(self._last, head.tree_size)
                 witness.publish(head)
+            except LedgerIntegrityError as error:
+                self._asked = False
+                self._failed("integrity", error)
+                return
             except KakuninError as error:
                 self._failed("witness", error)
-                self._witnessed[at] = (now + self._settings.witness_every, shown)
                 continue
             self._recovered("witness")
             self.metrics.counters["kakunin_worker_witnessed"] += 1
-            self._witnessed[at] = (now + self._settings.witness_every, head)
+            if shown.head is not None:
+                shown.beyond = shown.head.tree_size
+            shown.head = head
 
     def _settle(self, connection: psycopg.Connection[dict[str, Any]]) -> None:
         """Revokes the certificates of agents that their own score has stopped."""
@@ -584,6 +651,10 @@ class Worker:
 
     # What is told -------------------------------------------------------------------------------------
 
+    def _problem(self) -> str | None:
+        """The gravest of what fails at the moment, for whoever asks the database how its worker is."""
+        return next((f"{source}: {self._told[source]}" for source in _GRAVEST if source in self._told), None)
+
     def _failed(self, source: str, error: Exception) -> None:
         """Counts it, and says it once for as long as it stays the same."""
         self.metrics.errors[source] += 1
@@ -596,6 +667,15 @@ class Worker:
     def _recovered(self, source: str) -> None:
         if self._told.pop(source, None) is not None:
             say(logging.INFO, f"{source}_recovered", "works again")
+
+
+def _forked(head: TreeHead) -> LedgerIntegrityError:
+    return LedgerIntegrityError(
+        f"a witness has a tree head over {counted(head.tree_size)}, by the key {head.key_id}, that is not of"
+        " the ledger here: two databases are signed under one name, or this one was put back",
+        "Nothing is signed until that is explained. kakunin-db recover --witness shows it, here and there,"
+        " and makes of a copy a ledger of its own; docs/recovery.md says when.",
+    )
 
 
 def _behind(last: _Signed, size: int) -> LedgerIntegrityError:
