@@ -521,17 +521,46 @@ comment on function kakunin_private.lock_agent(uuid) is
 
 -- Certificates ---------------------------------------------------------------------------------------
 
+create function kakunin_private.limits() returns text[]
+language sql immutable parallel safe
+return '{max_single_trade_usd,daily_limit_usd,leverage_permitted,max_leverage_ratio,permitted_venues,permitted_instruments}'::text[];
+comment on function kakunin_private.limits() is 'What a financial scope may have: the members that violations() enforces';
+
+create function kakunin_private.unknown_limits(p_scope jsonb) returns text
+language sql immutable parallel safe
+return (
+  select left(string_agg(to_jsonb(k)::text, ', ' order by k collate "C"), 300)
+    from jsonb_object_keys(p_scope - kakunin_private.limits()) k);
+comment on function kakunin_private.unknown_limits(jsonb) is 'The names in a financial scope that limit nothing, for a message; NULL when there are none';
+
+-- A limit that is misspelt would be none. Asked where a scope comes in, and not by a constraint: rows that are there stay
+-- loadable from a dump, and violations() lets them permit nothing.
+create function kakunin_private.check_financial_scope(p_scope jsonb) returns jsonb
+language plpgsql immutable parallel safe
+as $$
+declare
+  c_what    constant text := 'the financial scope';
+  v_unknown text;
+begin
+  if jsonb_typeof(p_scope) <> 'object' then
+    perform kakunin_private.refuse(c_what, 'it is not a JSON object');
+  end if;
+  v_unknown := kakunin_private.unknown_limits(p_scope);
+  if v_unknown is not null then
+    perform kakunin_private.refuse(c_what, 'nothing enforces ' || v_unknown,
+      format('It may have %s.', array_to_string(kakunin_private.limits(), ', ')));
+  end if;
+  return p_scope;
+end
+$$;
+comment on function kakunin_private.check_financial_scope(jsonb) is
+  'The scope, or KA010 when it is no object or has a member that nothing enforces; NULL for NULL';
+
 create function kakunin_private.financial_scope(p_element bytea) returns jsonb
 language plpgsql immutable parallel unsafe
 as $$
-declare
-  v_scope jsonb;
 begin
-  v_scope := kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb;
-  if jsonb_typeof(v_scope) <> 'object' then
-    perform kakunin_private.refuse('the financial scope', 'it is not a JSON object');
-  end if;
-  return v_scope;
+  return kakunin_private.check_financial_scope(kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb);
 exception
   -- no JSON, a number or a text jsonb cannot hold, nested too deep; an escape that 15 cannot convert to this encoding
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range or program_limit_exceeded
@@ -540,7 +569,7 @@ exception
     return null;
 end
 $$;
-comment on function kakunin_private.financial_scope(bytea) is 'The JSON object of extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
+comment on function kakunin_private.financial_scope(bytea) is 'The financial scope in extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
 
 create function kakunin.register_certificate(der bytea, overlap interval default null) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp

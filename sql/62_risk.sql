@@ -202,7 +202,8 @@ return row(
 comment on function kakunin_private.learned(kakunin_private.baseline, double precision) is
   'What is usual after another value that is so far off';
 
--- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
+-- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing, nor does one that is not
+-- known: no such certificate is registered, but one may have been.
 create function kakunin_private.violations(
   p_scope jsonb, p_amount numeric, p_spent numeric, p_venue text, p_instrument text, p_leverage numeric
 ) returns table (violation text, ratio double precision, reason text)
@@ -231,10 +232,13 @@ begin atomic
           select 'instrument', 1, format('instrument %s is not in permitted_instruments', quote_literal(left(p_instrument, 100)))
            where p_scope ? 'permitted_instruments' and p_instrument is not null
              and not coalesce(jsonb_typeof(p_scope -> 'permitted_instruments') = 'array' and p_scope -> 'permitted_instruments' ? p_instrument, false)
+          union all
+          select 'unknown_limit', 1, format('nothing enforces %s of its financial scope', kakunin_private.unknown_limits(p_scope))
+           where p_scope - kakunin_private.limits() <> '{}' and num_nonnulls(p_amount, p_venue, p_instrument, p_leverage) > 0
          ) l(violation, ratio, reason);
 end;
 comment on function kakunin_private.violations(jsonb, numeric, numeric, text, text, numeric) is
-  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments; ratio is how many times over';
+  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments, or all of it where it has another member; ratio is how many times over';
 
 -- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
 -- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
