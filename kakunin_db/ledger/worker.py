@@ -367,7 +367,7 @@ class Worker:
         self._retry = 0.0
         self._recovered("signer")
         self._recovered("integrity")
-        self._witness()
+        self._witness(connection)
         return signed
 
     def _seal(self, connection: psycopg.Connection[dict[str, Any]]) -> int:
