@@ -81,6 +81,15 @@ def _client(options: argparse.Namespace, connection: psycopg.Connection[Any] | N
     )
 
 
+def _connect(options: argparse.Namespace) -> psycopg.Connection[Any]:
+    import psycopg  # noqa: PLC0415
+
+    name = f"kakunin-db {options.command}"
+    return psycopg.connect(
+        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
+    )
+
+
 # Answers ----------------------------------------------------------------------------------------------
 
 Pairs = Iterable[tuple[str, Any]]
