@@ -1,5 +1,5 @@
 """What the commands about identity do and print: ``ca``, ``agent``, ``verify``, ``crl``, ``model-hash``
-and ``jwks``.
+and ``jwks``; and what the other ``*_commands`` modules share: refusals, connections, answers, files.
 
 cli.py reads the command line and reports what is raised here. A command that writes a file makes sure that it
 can before it does anything else, and never writes over one; ``crl`` alone replaces a list by a newer one.
