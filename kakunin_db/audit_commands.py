@@ -23,7 +23,18 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .commands import Refused, _answer, _answer_rows, _cannot, _client, _note, _read, _shown, checked_dsn
+from .commands import (
+    Refused,
+    _answer,
+    _answer_rows,
+    _cannot,
+    _client,
+    _connect,
+    _note,
+    _read,
+    _shown,
+    checked_dsn,
+)
 from .errors import BadInputError, KakuninError, LedgerIntegrityError
 from .logs import counted
 
@@ -41,12 +52,7 @@ def _connected(
     options: argparse.Namespace, command: str, details: dict[str, Any] | None = None
 ) -> Iterator[psycopg.Connection[Any]]:
     """A connection of an auditor's, once it is on record what it is for."""
-    import psycopg  # noqa: PLC0415
-
-    name = "kakunin-db audit"
-    with psycopg.connect(
-        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
-    ) as connection:
+    with _connect(options) as connection:
         connection.execute("set jit = off")  # compiling takes longer than what is read here
         if _is_replica(connection):
             _note("this is a replica, where nobody can put it on record that the ledger was read")

@@ -480,7 +480,7 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
     """RFC 8785. Raises BadInputError for what has no canonical form."""
     try:
         return rfc8785.dumps(dict(value))
-    except (rfc8785.CanonicalizationError, TypeError, ValueError) as error:
+    except (rfc8785.CanonicalizationError, TypeError, ValueError, RecursionError) as error:
         raise BadInputError(f"it has no canonical JSON form (RFC 8785): {error}") from error
 
 

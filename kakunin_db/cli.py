@@ -987,31 +987,23 @@ def _actions(text: str) -> list[str]:
     return [action if action == "*" else _action(action) for action in _list(text)]
 
 
-def _api_key_id(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError("a key id is a UUID. kakunin-db serve keys list has them") from error
+def _uuid(what: str, lister: str) -> Callable[[str], uuid.UUID]:
+    def parse(text: str) -> uuid.UUID:
+        try:
+            return uuid.UUID(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{what} is a UUID. kakunin-db {lister} has them") from error
+
+    return parse
 
 
-def _agent_id(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError("an agent id is a UUID. kakunin-db agent list has them") from error
-
-
-def _endpoint_id(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            "an endpoint id is a UUID. kakunin-db webhooks list has them"
-        ) from error
+_api_key_id = _uuid("a key id", "serve keys list")
+_agent_id = _uuid("an agent id", "agent list")
+_endpoint_id = _uuid("an endpoint id", "webhooks list")
 
 
 def _events(text: str) -> list[str]:
-    events = [event.strip() for event in text.split(",")]
+    events = _list(text)
     if unknown := [event for event in events if event not in _EVENTS]:
         raise argparse.ArgumentTypeError(f"no event {unknown[0]!r}; there are {', '.join(_EVENTS)}")
     return events

@@ -1,5 +1,5 @@
 """What the commands about identity do and print: ``ca``, ``agent``, ``verify``, ``crl``, ``model-hash``
-and ``jwks``.
+and ``jwks``; and what the other ``*_commands`` modules share: refusals, connections, answers, files.
 
 cli.py reads the command line and reports what is raised here. A command that writes a file makes sure that it
 can before it does anything else, and never writes over one; ``crl`` alone replaces a list by a newer one.
@@ -78,6 +78,15 @@ def _client(options: argparse.Namespace, connection: psycopg.Connection[Any] | N
 
     return Kakunin(
         connection or options.dsn, keys=options.keys, ca_keys=options.ca_keys, crl_url=options.crl_url
+    )
+
+
+def _connect(options: argparse.Namespace) -> psycopg.Connection[Any]:
+    import psycopg  # noqa: PLC0415
+
+    name = f"kakunin-db {options.command}"
+    return psycopg.connect(
+        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name=name
     )
 
 

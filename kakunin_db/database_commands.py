@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .commands import Refused, _answer, _note, _read
+from .commands import Refused, _answer, _connect, _note, _read
 
 if TYPE_CHECKING:
     import uuid
@@ -74,12 +74,8 @@ def uninstall(options: argparse.Namespace) -> int:
 def recover(options: argparse.Namespace) -> int:
     """What a restored, upgraded or promoted database is, and what its ledger is to do there. Exit status 1
     where somebody has to decide."""
-    import psycopg  # noqa: PLC0415
-
     lists = list(_lists(options.crl))
-    with psycopg.connect(
-        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name="kakunin-db recover"
-    ) as connection:
+    with _connect(options) as connection:
         installation, home = _one(connection, "select kakunin.installation_id(), kakunin.ledger_home()")
         witnessed = _ask(connection, installation, options.witness)
         moved = home["moved"] or home["promoted"]

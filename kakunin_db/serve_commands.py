@@ -7,12 +7,8 @@ import datetime as dt
 import ipaddress
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
 
-from .commands import Refused, _answer, _answer_rows, _note
-
-if TYPE_CHECKING:
-    import psycopg
+from .commands import Refused, _answer, _answer_rows, _connect, _note
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -90,14 +86,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _connect(options: argparse.Namespace) -> psycopg.Connection[Any]:
-    import psycopg  # noqa: PLC0415
-
-    return psycopg.connect(
-        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name="kakunin-db serve"
-    )
 
 
 def create_key(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from .commands import Refused, _answer, _answer_rows, _note, _read
+from .commands import Refused, _answer, _answer_rows, _connect, _note, _read
 from .errors import BadInputError
 
 if TYPE_CHECKING:
@@ -44,14 +44,6 @@ def _needed(options: argparse.Namespace) -> SecretKeys:
             status=2,
         )
     return keys
-
-
-def _connect(options: argparse.Namespace) -> psycopg.Connection[Any]:
-    import psycopg  # noqa: PLC0415
-
-    return psycopg.connect(
-        options.dsn, autocommit=True, prepare_threshold=None, fallback_application_name="kakunin-db webhooks"
-    )
 
 
 def _value(connection: psycopg.Connection[Any], query: str, *parameters: Any) -> Any:

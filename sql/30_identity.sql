@@ -475,7 +475,7 @@ begin
       hint = 'Give the model with it.';
   end if;
   update kakunin_private.agents a
-     set name = coalesce(kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200), a.name),
+     set name = kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200),
          tenant = case when update_agent.tenant is not null
            then kakunin_private.check_text('a tenant', update_agent.tenant, 200) else a.tenant end,
          model = case when update_agent.model is not null

@@ -388,7 +388,7 @@ begin
 end
 $$;
 comment on function kakunin.current_agent_id() is
-  'The agent of the certificate bound to this session, or NULL as current_cert_serial(). For kakunin_agent and kakunin_gateway';
+  'The agent of the certificate bound to this session, or NULL as current_cert_serial(). For kakunin_agent and kakunin_gateway; views call it for kakunin_operator and kakunin_auditor';
 
 create function kakunin.has_scope(scope text) returns boolean
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp

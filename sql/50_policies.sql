@@ -80,7 +80,7 @@ begin
 end
 $$;
 comment on function kakunin.record_changes() is
-  'Trigger of protect(..., audit => true): an entry of the ledger for each statement that changed rows';
+  'Trigger of protect(..., audit => true): an entry of the ledger for each statement that changed rows. For kakunin_operator';
 
 create function kakunin.audit_changes(target regclass, audit boolean, keys boolean) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -120,7 +120,7 @@ begin
 end
 $$;
 comment on function kakunin.audit_changes(regclass, boolean, boolean) is
-  'What protect() calls: puts the triggers of audit on a table, or takes them away. For the table''s owner';
+  'What protect() calls: puts the triggers of audit on a table, or takes them away. For the table''s owner, who needs kakunin_operator';
 
 -- Says what the catalog says, whatever its caller would have it say.
 create function kakunin.record_policy(target regclass) returns void
@@ -149,7 +149,7 @@ begin
 end
 $$;
 comment on function kakunin.record_policy(regclass) is
-  'What protect() and unprotect() call: an entry of the ledger that says how row security stands on a table';
+  'What protect() and unprotect() call: an entry of the ledger that says how row security stands on a table. For kakunin_operator';
 
 create function kakunin.protect(
   target regclass,
@@ -316,7 +316,7 @@ begin
 end
 $$;
 comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access; audit: each statement that changes rows is an entry of the ledger, with the number of rows, and with audit_keys their primary keys. Can be repeated. For the table''s owner';
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access; audit: each statement that changes rows is an entry of the ledger, with the number of rows, and with audit_keys their primary keys. Can be repeated. For the table''s owner, who needs kakunin_operator';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -365,4 +365,4 @@ begin
 end
 $$;
 comment on function kakunin.unprotect(regclass) is
-  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner';
+  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner, who needs kakunin_operator';

@@ -137,6 +137,21 @@ def cluster(request: pytest.FixtureRequest, clusters: dict[int, Cluster]) -> Clu
 _names = itertools.count(1)
 
 
+@contextlib.contextmanager
+def refused(*states: str, match: str | None = None) -> Iterator[None]:
+    """The statement fails with one of these SQLSTATEs."""
+    with pytest.raises(psycopg.Error, match=match) as caught:
+        yield
+    assert caught.value.sqlstate in states, caught.value
+
+
+def one(connection: psycopg.Connection[Any], query: Any, params: Any = None) -> Any:
+    """The first column of the first row, which has to be there."""
+    row = connection.execute(query, params).fetchone()
+    assert row
+    return row[0]
+
+
 @dataclass
 class Database:
     """A database with the kit installed by `installer`. Everybody may create in its schema public."""
@@ -166,6 +181,20 @@ class Database:
 
     def value(self, user: str, query: str, params: Any = None) -> Any:
         return self.run(user, query, params)[0][0]
+
+    def make_clock_movable(self) -> None:
+        """For :meth:`move_clock`. What is ahead stands in a table: a running transaction sees the new row,
+        where it may keep its plan of a function that was replaced."""
+        with self.connect("installer") as owner:
+            owner.execute("create table kakunin_private.shift as select interval '0' as ahead")
+            owner.execute(
+                "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
+                " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
+            )
+
+    def move_clock(self, ahead: Any) -> None:
+        """Has the kit's time be this interval ahead of the server's."""
+        self.run("installer", "update kakunin_private.shift set ahead = %s::interval", [ahead])
 
     @property
     def installation_id(self) -> uuid.UUID:

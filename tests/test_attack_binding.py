@@ -21,7 +21,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, Vault, fresh_database
+from conftest import Agent, Database, Vault, fresh_database, one
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding
 from psycopg import sql
@@ -55,12 +55,6 @@ def refused(state: str, *secret: str) -> Iterator[None]:
         assert text not in told
     if state.startswith("KA"):
         assert error.diag.message_hint
-
-
-def one(connection: Connection, query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
 
 
 @dataclass
@@ -108,22 +102,10 @@ def vault(database: Database) -> Vault:
 
 @pytest.fixture
 def own_database(cluster: Cluster) -> Iterator[Database]:
-    """For tests that rotate keys or move the clock, which here stands in a table.
-
-    Replacing clock() itself would do for the next transaction only: a running one may keep its plan.
-    """
+    """For tests that rotate keys or move the clock."""
     with fresh_database(cluster) as database:
-        with database.connect("installer") as owner:
-            owner.execute("create table kakunin_private.shift as select interval '0' as ahead")
-            owner.execute(
-                "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
-                " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
-            )
+        database.make_clock_movable()
         yield database
-
-
-def move_clock(database: Database, ahead: str) -> None:
-    database.run("installer", "update kakunin_private.shift set ahead = %s::interval", [ahead])
 
 
 # Forged bindings -----------------------------------------------------------------------------------
@@ -547,9 +529,9 @@ def test_g2_a_session_binding_ends_with_its_ticket(own_database: Database) -> No
         copy = one(agent, BINDING)
         agent.commit()
         assert one(agent, SERIAL) == holder.serial
-        move_clock(own_database, "4 minutes 50 seconds")
+        own_database.move_clock("4 minutes 50 seconds")
         assert one(agent, SERIAL) == holder.serial
-        move_clock(own_database, "5 minutes 1 second")
+        own_database.move_clock("5 minutes 1 second")
         assert one(agent, SERIAL) is None
         with refused("KA004"):
             agent.execute("select kakunin.require_session()")
@@ -833,7 +815,7 @@ def test_g2_rotation_with_grace_keeps_tickets_and_bindings(own_database: Databas
         new = one(agent, OPEN, [holder.assertion()])
         assert new.split(".")[1] != old.split(".")[1]
         agent.commit()
-        move_clock(own_database, "2 minutes 1 second")
+        own_database.move_clock("2 minutes 1 second")
         with refused("KA004", old):
             agent.execute(BIND, [old])
         agent.rollback()
@@ -854,7 +836,7 @@ def test_g2_a_retired_key_ends_bindings_at_the_next_statement(own_database: Data
             own_database.run("operator", f"select kakunin.rotate_session_key('{grace}')")
             if grace != "0":
                 assert one(agent, SERIAL) == holder.serial
-                move_clock(own_database, "61 seconds")
+                own_database.move_clock("61 seconds")
             assert one(agent, SERIAL) is None
             agent.execute(SET_BINDING, [binding, True])
             assert one(agent, SERIAL) is None
@@ -1505,14 +1487,14 @@ def test_g2_a_used_jti_is_remembered_until_it_expires(own_database: Database) ->
     assertion = holder.assertion(300)
     with own_database.connect("agent_1", autocommit=True) as agent:
         agent.execute(OPEN, [assertion])
-        move_clock(own_database, "4 minutes 50 seconds")
+        own_database.move_clock("4 minutes 50 seconds")
         for _ in range(12):
             fresh = Assertion(holder)
             fresh.claims |= {"iat": fresh.claims["iat"] + 290, "exp": fresh.claims["iat"] + 310}
             agent.execute(OPEN, [fresh.signed()])
         with refused("KA004"):
             agent.execute(OPEN, [assertion])
-        move_clock(own_database, "10 minutes")
+        own_database.move_clock("10 minutes")
         with refused("KA004"):
             agent.execute(OPEN, [assertion])
         for _ in range(3):

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, fresh_database, start_cluster
+from conftest import Agent, Database, fresh_database, one, refused, start_cluster
 
 Connection = psycopg.Connection[Any]
 
@@ -31,19 +31,6 @@ HALT = "select kakunin.halt_agent(%s, 'why', terminate => true)"
 INSERT = "insert into vault values (%s, %s)"
 LOCK = "classid::int8::bit(32)::int, objid::int8::bit(32)::int"
 OWN_LOCKS = "from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()"
-
-
-def one(connection: Connection, query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
-
-
-@contextlib.contextmanager
-def refused(*states: str) -> Iterator[None]:
-    with pytest.raises(psycopg.Error) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
 
 
 def furnish(database: Database) -> None:

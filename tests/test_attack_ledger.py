@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import Agent, Database, Vault, fresh_database, start_cluster
+from conftest import Agent, Database, Vault, fresh_database, refused, start_cluster
 
 from kakunin_db import bind_agent_session
 from kakunin_db.errors import named
@@ -186,13 +186,6 @@ def test_g8_metadata_that_readers_choke_on_is_refused(vault: Vault, metadata: st
 AGENTS = ("agent_1", "gateway")
 LOGINS = (*AGENTS, "registrar", "operator", "worker", "auditor", "stranger")
 APPEND = "select kakunin.audit_log_append(%s, %s, %s)"
-
-
-@contextlib.contextmanager
-def refused(*states: str) -> Iterator[None]:
-    with pytest.raises(psycopg.Error) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
 
 
 @contextlib.contextmanager

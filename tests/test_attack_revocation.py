@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, fresh_database
+from conftest import Agent, Database, fresh_database, one, refused
 
 Connection = psycopg.Connection[Any]
 
@@ -25,30 +25,12 @@ COUNT = "select count(*) from vault"
 REQUIRE = "select kakunin.require_session()"
 
 
-@contextlib.contextmanager
-def refused(*states: str) -> Iterator[None]:
-    with pytest.raises(psycopg.Error) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
-
-
-def one(connection: Connection, query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
-
-
 @pytest.fixture(scope="module")
 def kit(cluster: Cluster) -> Iterator[Database]:
     """A database of its own whose clock can be moved, with a protected vault and PostgREST's login."""
     with fresh_database(cluster) as database:
-        with database.connect("installer") as owner:
-            owner.execute("create table kakunin_private.shift as select interval '0' as ahead")
-            owner.execute(
-                "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
-                " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
-            )
-            owner.execute("select kakunin.set_gateway_logins('{authenticator}')")
+        database.make_clock_movable()
+        database.run("installer", "select kakunin.set_gateway_logins('{authenticator}')")
         with database.connect("app") as app:
             app.execute("create table vault (permitted_agent_serial text, content text)")
             app.execute("create index on vault (permitted_agent_serial)")
@@ -62,12 +44,8 @@ def kit(cluster: Cluster) -> Iterator[Database]:
 @pytest.fixture
 def clock(kit: Database) -> Iterator[Callable[[str], None]]:
     """Moves the database's clock; it is back in its place afterwards."""
-
-    def move(ahead: str) -> None:
-        kit.run("installer", "update kakunin_private.shift set ahead = %s::interval", [ahead])
-
-    yield move
-    move("0")
+    yield kit.move_clock
+    kit.move_clock("0")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import ROOT, Cluster
-from conftest import Agent, Database, _ca, _signers, fresh_database
+from conftest import Agent, Database, _ca, _signers, fresh_database, one, refused
 
 Connection = psycopg.Connection[Any]
 
@@ -33,12 +33,7 @@ ATTEMPT = "unauthorized_access_attempt"
 def kit(cluster: Cluster) -> Iterator[Database]:
     """A database of its own whose clock can be moved."""
     with fresh_database(cluster) as database:
-        with database.connect("installer") as owner:
-            owner.execute("create table kakunin_private.shift as select interval '0' as ahead")
-            owner.execute(
-                "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
-                " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
-            )
+        database.make_clock_movable()
         database.run("installer", "select kakunin.set_gateway_logins('{authenticator}')")
         database.run("operator", "select kakunin.set_risk('{\"high\": 0.7}')")
         database.run("postgres", "grant kakunin_agent to anon")
@@ -49,30 +44,13 @@ def kit(cluster: Cluster) -> Iterator[Database]:
 @pytest.fixture
 def clock(kit: Database) -> Iterator[Callable[[str], None]]:
     """Moves the database's clock; it is back in its place afterwards."""
-
-    def move(ahead: str) -> None:
-        kit.run("installer", "update kakunin_private.shift set ahead = %s::interval", [ahead])
-
-    yield move
-    move("0")
+    yield kit.move_clock
+    kit.move_clock("0")
 
 
 @pytest.fixture
 def agent(kit: Database) -> Agent:
     return kit.agent(permitted_actions=["trade:*"], financial_scope=SCOPE)
-
-
-def one(connection: Connection, query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
-
-
-@contextlib.contextmanager
-def refused(*states: str) -> Iterator[None]:
-    with pytest.raises(psycopg.Error) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
 
 
 def bind(connection: Connection, agent: Agent, is_local: bool = True) -> None:

@@ -1747,6 +1747,14 @@ def test_what_has_no_one_form_is_not_signed(local: Place, payload: Any) -> None:
         sign_payload(_stranger(), "AB", payload)
 
 
+def test_what_is_nested_too_deep_for_a_form_is_not_signed() -> None:
+    payload: dict[str, Any] = {}
+    for _ in range(10_000):
+        payload = {"a": payload}
+    with pytest.raises(BadInputError, match="no canonical JSON form"):
+        sign_payload(_stranger(), "AB", payload)
+
+
 def b64url(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
 

@@ -1424,6 +1424,21 @@ COLUMNS = {
 }
 
 
+def test_the_comment_of_a_function_and_of_a_view_says_whom_it_is_for(database: Database) -> None:
+    comments = database.run(
+        "postgres",
+        "select replace(p.oid::regprocedure::text, 'kakunin.', ''), obj_description(p.oid, 'pg_proc')"
+        " from pg_proc p where p.pronamespace = 'kakunin'::regnamespace"
+        " union all select c.relname, obj_description(c.oid, 'pg_class')"
+        " from pg_class c where c.relnamespace = 'kakunin'::regnamespace and c.relkind = 'v'",
+    )
+    named = {}
+    for name, comment in comments:
+        said = comment[comment.rindex("For ") :]
+        named[name] = ALL if "all the kit's roles" in said else set(re.findall(r"kakunin_([a-z]+)", said))
+    assert named == MAY_CALL | VIEWS
+
+
 def test_every_view_is_named_here(database: Database) -> None:
     views = "select viewname from pg_views where schemaname in ('kakunin', 'kakunin_private')"
     # Beside these there is one that the others read.

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, LedgerKey, _ca, fresh_database
+from conftest import Agent, Database, LedgerKey, _ca, fresh_database, one, refused
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding
@@ -44,19 +44,6 @@ MEMBERS = [
 
 
 # Helpers --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def refused(*states: str, match: str | None = None) -> Iterator[None]:
-    with pytest.raises(psycopg.Error, match=match) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
-
-
-def one(connection: Connection, query: Any, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
 
 
 @contextlib.contextmanager
@@ -133,17 +120,8 @@ def key(database: Database) -> LedgerKey:
 def movable(cluster: Cluster) -> Iterator[tuple[Database, Callable[[str], None]]]:
     """A database whose clock can be moved, and what moves it."""
     with fresh_database(cluster) as database:
-        with database.connect("installer") as owner:
-            owner.execute("create table kakunin_private.shift as select interval '0' as ahead")
-            owner.execute(
-                "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
-                " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
-            )
-
-        def move(ahead: str) -> None:
-            database.run("installer", "update kakunin_private.shift set ahead = %s::interval", [ahead])
-
-        yield database, move
+        database.make_clock_movable()
+        yield database, database.move_clock
 
 
 # Appending ------------------------------------------------------------------------------------------

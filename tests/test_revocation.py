@@ -22,7 +22,7 @@ import psycopg
 import pytest
 import rfc8785
 from cluster import Cluster
-from conftest import LOGINS, Agent, Database, _ca, fresh_database
+from conftest import LOGINS, Agent, Database, _ca, fresh_database, one, refused
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
@@ -89,37 +89,15 @@ def kit(cluster: Cluster) -> Iterator[Database]:
     with fresh_database(cluster) as plain, contextlib.ExitStack() as stack:
         database = Kit(cluster, plain.name)
         stack.callback(lambda: [session.close() for session in database.sessions.values()])
-        with database.connect("installer") as owner:
-            owner.execute("create table kakunin_private.shift as select interval '0' as ahead")
-            owner.execute(
-                "create or replace function kakunin_private.clock() returns timestamptz language sql volatile"
-                " parallel safe as 'select clock_timestamp() + ahead from kakunin_private.shift'"
-            )
+        database.make_clock_movable()
         yield database
 
 
 @pytest.fixture
 def clock(kit: Database) -> Iterator[Callable[[Any], None]]:
     """Moves the database's clock; it is back in its place afterwards."""
-
-    def move(ahead: Any) -> None:
-        kit.run("installer", "update kakunin_private.shift set ahead = %s::interval", [ahead])
-
-    yield move
-    move("0")
-
-
-@contextlib.contextmanager
-def refused(*states: str, match: str | None = None) -> Iterator[None]:
-    with pytest.raises(psycopg.Error, match=match) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
-
-
-def one(connection: Connection, query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
+    yield kit.move_clock
+    kit.move_clock("0")
 
 
 def state(kit: Database) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, fresh_database
+from conftest import Agent, Database, fresh_database, one, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -49,19 +49,6 @@ HOUR, DAY, MINUTE = dt.timedelta(hours=1), dt.timedelta(days=1), dt.timedelta(mi
 
 
 # Helpers --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def refused(*states: str, match: str | None = None) -> Iterator[None]:
-    with pytest.raises(psycopg.Error, match=match) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
-
-
-def one(connection: Connection, query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
 
 
 def append(

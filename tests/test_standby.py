@@ -7,12 +7,10 @@ import datetime as dt
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import psycopg
 import pytest
 from cluster import Cluster
-from conftest import Agent, Database, OneKey, fresh_database
+from conftest import Agent, Database, OneKey, fresh_database, one, refused
 from test_worker import running, until
 
 from kakunin_db import CertificateCache, CredentialRejectedError, ReplicaLagError, bind_agent_session
@@ -57,19 +55,6 @@ def replicated(cluster: Cluster) -> Iterator[Replicated]:
             yield Replicated(primary, Database(standby, primary.name))
         finally:
             standby.destroy()
-
-
-@contextlib.contextmanager
-def refused(*states: str) -> Iterator[None]:
-    with pytest.raises(psycopg.Error) as caught:
-        yield
-    assert caught.value.sqlstate in states, caught.value
-
-
-def one(connection: psycopg.Connection[Any], query: str, params: Any = None) -> Any:
-    row = connection.execute(query, params).fetchone()
-    assert row
-    return row[0]
 
 
 def test_g1_a_ticket_of_the_primary_binds_and_isolates(replicated: Replicated) -> None:

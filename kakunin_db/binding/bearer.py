@@ -68,12 +68,14 @@ class Left:
 
 @dataclass(frozen=True)
 class SetAutocommit:
+    """The connection's own mode is to be this."""
+
     value: bool
 
 
 @dataclass(frozen=True)
 class Rollback:
-    pass
+    """What is open on the connection is to be rolled back."""
 
 
 Step = Query | SetAutocommit | Rollback | Callable[[], str]

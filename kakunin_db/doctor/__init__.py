@@ -63,6 +63,9 @@ class NotChecked:
 
 @dataclass(frozen=True)
 class Report:
+    """What :func:`examine` found. ``not_checked`` is what this login could not see, ``ignored`` the findings
+    that were to be left out, and ``unmatched`` what was to be left out and was not there."""
+
     database: str
     server_version: str
     login: str

@@ -22,6 +22,8 @@ KIT_ROLES: Final = {
 
 @dataclass(frozen=True)
 class Role:
+    """A row of pg_roles; ``ident`` is the name quoted for SQL."""
+
     oid: int
     name: str
     ident: str
@@ -62,6 +64,8 @@ class Table:
 
 @dataclass
 class Facts:
+    """One database, as all the checks see it; :meth:`read` asks for it. The ``max_*`` are seconds."""
+
     connection: psycopg.Connection[Any]
     database: str
     server_version: str

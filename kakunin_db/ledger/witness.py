@@ -424,11 +424,13 @@ _SQL = """\
 -- Who publishes needs: grant usage on schema kakunin_witness to <role>;
 --                      grant select, insert on kakunin_witness.tree_heads to <role>;
 create schema kakunin_witness;
+comment on schema kakunin_witness is
+  'Tree heads of kakunin-db ledgers, kept where those who run the ledger cannot change them';
 
 create table kakunin_witness.tree_heads (
   installation uuid not null,
   tree_size    bigint not null check (tree_size >= 0),
-  "timestamp"  bigint not null check ("timestamp" >= 0),  -- milliseconds since 1970
+  "timestamp"  bigint not null check ("timestamp" >= 0),
   root         bytea not null check (octet_length(root) = 32),
   key_id       text not null,
   signature    bytea not null check (octet_length(signature) between 256 and 512),
@@ -437,6 +439,12 @@ create table kakunin_witness.tree_heads (
 );
 comment on table kakunin_witness.tree_heads is
   'Signed tree heads of kakunin-db ledgers. Rows are added and nothing else';
+comment on column kakunin_witness.tree_heads.installation is
+  'What select kakunin.installation_id() says in the ledger''s database';
+comment on column kakunin_witness.tree_heads."timestamp" is
+  'When it was signed: milliseconds since 1970, UTC';
+comment on column kakunin_witness.tree_heads.root is
+  'The Merkle tree hash (RFC 6962 section 2.1) of the first tree_size entries';
 
 create function kakunin_witness.refuse_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp
@@ -444,9 +452,12 @@ as $$
 begin
   raise exception using errcode = 'KA006',
     message = format('%s of %I.%I is refused: a witness forgets nothing',
-      tg_op, tg_table_schema, tg_table_name);
+      tg_op, tg_table_schema, tg_table_name),
+    hint = 'A witness that is to begin anew does so in another database.';
 end
 $$;
+comment on function kakunin_witness.refuse_change() is
+  'Trigger of tree_heads: KA006 for everything but INSERT';
 
 create trigger append_only before update or delete or truncate on kakunin_witness.tree_heads
   for each statement execute function kakunin_witness.refuse_change();

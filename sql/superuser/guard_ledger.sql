@@ -115,7 +115,8 @@ as $$
 begin
   delete from kakunin_guard.relations r where r.name = release.partition and r.partition and r.name <> 'ledger_default';
   if not found then
-    raise exception using errcode = 'KA010', message = format('%I is not a partition that is guarded', release.partition);
+    raise exception using errcode = 'KA010', message = format('%I is not a partition that is guarded', release.partition),
+      hint = 'kakunin_guard.relations shows them.';
   end if;
 end
 $$;
