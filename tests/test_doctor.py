@@ -455,6 +455,12 @@ PLANTS = [
     Plant(
         "kit-privilege",
         "critical",
+        "function kakunin.trust_ca(bytea)",
+        "grant execute on function kakunin.trust_ca to kakunin_agent",
+    ),
+    Plant(
+        "kit-privilege",
+        "critical",
         "table kakunin_private.session_keys",
         "grant select on kakunin_private.session_keys to auditor",
     ),
