@@ -36,9 +36,9 @@ FUZZ_EXAMPLES ?= 200
 .PHONY: help test lint check test-all frameworks pythons fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
-	@echo 'make test        lint, types and tests on Postgres 15 and 18, from nothing but Python'
-	@echo 'make test-all    tests on every supported major (MAJORS=15,16,17,18)'
-	@echo 'make frameworks  tests of the guards, each with its framework installed (FRAMEWORKS)'
+	@echo 'make test        lint, types and tests on Postgres 18, the attacks on 15 too, from nothing but Python'
+	@echo 'make test-all    all tests on every supported major (MAJORS=15,16,17,18)'
+	@echo 'make frameworks  tests of the guards, and of the published SDK, each with its framework installed (FRAMEWORKS)'
 	@echo 'make pythons     the core and the guards on other interpreters (PYTHONS)'
 	@echo 'make fuzz        schemathesis against kakunin-db serve, 200 examples an operation (FUZZ_EXAMPLES)'
 	@echo 'make soak        the worker and the server killed 300 times each (CRASH_ROUNDS), then ten minutes of everything at'
@@ -88,14 +88,15 @@ test-all: $(READY) postgres
 	@echo 'installing into .frameworks/$*'
 	@$(PYTHON) -m venv --clear .frameworks/$*
 	@.frameworks/$*/bin/python -m pip -qq --disable-pip-version-check install -c constraints/$*.txt \
-	  -e '.[binary,pool,demo,$(subst _,-,$*)]' pytest pytest-asyncio
+	  -e '.[binary,demo,serve,$(subst _,-,$*)]' kakunin pytest pytest-asyncio
 	@touch $@
 
 # One failing does not keep the others from running.
 frameworks: $(FRAMEWORKS:%=.frameworks/%/.ready)
 	@failed=; for framework in $(FRAMEWORKS); do \
 	  echo "== $$framework"; \
-	  if KAKUNIN_TEST_PG=18 .frameworks/$$framework/bin/python -m pytest tests/integrations/test_$$framework.py; then continue; fi; \
+	  if KAKUNIN_TEST_PG=18 .frameworks/$$framework/bin/python -m pytest tests/integrations/test_$$framework.py \
+	    tests/test_serve_shims.py; then continue; fi; \
 	  failed="$$failed $$framework"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "make: failed with$$failed" >&2; exit 1; fi

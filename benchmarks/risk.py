@@ -266,8 +266,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / HOUR:.1f} h" if seconds < 2 * DAY else f"{seconds / DAY:.1f} d"
 
 
-def detected(agents: list[Agent], flags: list[list[Flag]], revoked: bool) -> str:
-    """Share found out, median and 90th percentile of time, median of the attack's events till then."""
+def detected(agents: list[Agent], flags: list[list[Flag]], revoked: bool) -> tuple[str, ...]:
+    """Share found out; if any was, median and 90th percentile of time, median of attack events till then."""
     times, events = [], []
     for agent, said in zip(agents, flags, strict=True):
         begin = agent.attacked_at
@@ -277,10 +277,9 @@ def detected(agents: list[Agent], flags: list[list[Flag]], revoked: bool) -> str
             events.append(sum(e.hostile and e.at <= at for e in agent.events))
     share = f"{100 * len(times) / len(agents):.0f} %"
     if not times:
-        return f"{share:>6}"
+        return (share,)
     late = sorted(times)[math.ceil(0.9 * len(times)) - 1]
-    middle = duration(statistics.median(times))
-    return f"{share:>6}  {middle:>8} {duration(late):>8} {statistics.median(events):>5.0f}"
+    return share, duration(statistics.median(times)), duration(late), f"{statistics.median(events):.0f}"
 
 
 def by_chance(agents: list[Agent], flags: list[list[Flag]], kinds: tuple[str, ...], days: int) -> str:
@@ -326,7 +325,7 @@ def report(
         count = sum(len(found) for found in said)
         kinds = Counter(agent.kind.name for agent, found in zip(fleet, said, strict=True) for _ in found)
         revoked = sum(f.revoked for found in said for f in found) if name in ("kit", "thresholds") else "-"
-        record(f"{name}: benign agents revoked in {months:.0f} agent-months; high", f"{revoked}; {count}")
+        record(f"{months:.0f} benign agent-months, {name}: alerts, revoked", f"{count}, {revoked}")
         print(
             f"{name:12} {count:>6} {count / months:>8.3f} {sum(map(bool, said)):>15} {revoked:>8}   "
             + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
@@ -340,9 +339,14 @@ def report(
         _, kinds, watched = ATTACKS[attack]
         print(f"\n{attack}: {len(agents)} agents; found out, median time, 90 %, attack events; by chance")
 
-        def line(name: str, found: str, chance: str = "", attack: str = attack) -> None:
-            print(f"  {name:14} {found:34} {chance:>6}")
-            record(f"{attack}, {name}: found out, median time, 90 %, attack events", found)
+        found_out: dict[str, str] = {}
+
+        def line(
+            name: str, found: tuple[str, ...], chance: str = "", found_out: dict[str, str] = found_out
+        ) -> None:
+            columns = "".join(f"{part:>{width}}" for part, width in zip(found, (6, 10, 9, 6), strict=False))
+            print(f"  {name:14} {columns:34} {chance:>6}")
+            found_out[name] = " in ".join(found[:2])
 
         line("kit, high", detected(agents, said, False), by_chance(fleet, benign, kinds, watched))
         line("kit, revoked", detected(agents, said, True))
@@ -350,6 +354,12 @@ def report(
             if flags is not None:
                 theirs = [flags(agent) for agent in agents]
                 line(name, detected(agents, theirs, False), by_chance(fleet, ours, kinds, watched))
+        high, revoked, *others = found_out.items()
+        record(
+            f"{attack} found out, median time",
+            f"{high[1]}; revoked {revoked[1]}",
+            "; ".join(" ".join(other) for other in others),
+        )
         if verbose:
             for agent, found in zip(agents, said, strict=True):
                 first = [f for f in found if f.at >= agent.attacked_at][:2]

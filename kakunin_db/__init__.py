@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+try:
+    import psycopg as _  # noqa: F401
+except ImportError as error:  # it says so at import when it finds no libpq
+    raise ImportError(
+        f"{error}\nInstall libpq (Debian: libpq5) or run: pip install 'kakunin-db[binary]'"
+    ) from error
+
 from .binding import bind_agent_session, flush_attempts
 from .ca import AgentCertificate, CertificateAuthority
 from .cache import AsyncCertificateCache, CertificateCache

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .commands import Refused, _answer, _answer_rows, _client, _note, _read, _shown, checked_dsn
+from .commands import Refused, _answer, _answer_rows, _cannot, _client, _note, _read, _shown, checked_dsn
 from .errors import BadInputError, KakuninError, LedgerIntegrityError
 from .logs import counted
 
@@ -180,7 +180,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
     try:
         file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise _cannot(path, "read", error) from error
     with file:
         yield file
 
@@ -332,7 +332,7 @@ def _target(path: str) -> Iterator[BinaryIO]:
             f"{path} is there already, and nothing is written over it", "Name another file."
         ) from error
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise _cannot(path, "written", error) from error
     try:
         with file:
             yield file
@@ -340,7 +340,7 @@ def _target(path: str) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(path)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise Refused(f"{path} cannot be written: {error.strerror or error}") from error
+            raise _cannot(path, "written", error) from error
         raise
 
 

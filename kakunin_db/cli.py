@@ -1101,13 +1101,8 @@ def _scope(text: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _said_in_one_line(remedies: dict[str, str]) -> Iterator[None]:
-    try:
-        import psycopg  # noqa: PLC0415
-    except ImportError as error:
-        # psycopg says so at import when it finds no libpq.
-        raise _Failed(
-            error, "Install libpq (Debian: libpq5) or run: pip install 'kakunin-db[binary]'"
-        ) from error
+    import psycopg  # noqa: PLC0415
+
     try:
         yield
     except commands.Refused as error:
@@ -1155,7 +1150,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         status: int | None = importlib.import_module("kakunin_db.demo").main(serve=options.serve)
     except ImportError as error:
-        # Its own extra's packages and psycopg's libpq; a name of ours that is missing is a bug.
+        # Its own extra's packages; a name of ours that is missing is a bug.
         if (error.name or "").startswith("kakunin_db"):
             raise
         raise _Failed(

@@ -155,15 +155,15 @@ def _day(moment: dt.datetime) -> str:
 # Files ------------------------------------------------------------------------------------------------
 
 
-def _cannot(path: str | os.PathLike[str], verb: str, error: OSError) -> Refused:
-    return Refused(f"{os.fspath(path)} cannot be {verb}: {error.strerror or error}")
+def _cannot(path: str, verb: str, error: OSError | ValueError, hint: str | None = None) -> Refused:
+    return Refused(f"{path} cannot be {verb}: {getattr(error, 'strerror', None) or error}", hint)
 
 
 def _read(path: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise _cannot(path, "read", error) from error
 
 
 @contextlib.contextmanager
@@ -180,9 +180,7 @@ def _new_file(path: str | None, afterwards: str) -> Iterator[Callable[[str], str
             f"{path} is there already, and nothing is written over it", "Name another file."
         ) from error
     except (OSError, ValueError) as error:
-        raise Refused(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}", "Nothing was done."
-        ) from error
+        raise _cannot(path, "written", error, "Nothing was done.") from error
     done = False
 
     def write(text: str) -> str:
@@ -191,7 +189,7 @@ def _new_file(path: str | None, afterwards: str) -> Iterator[Callable[[str], str
             with file:
                 file.write(text.encode())
         except OSError as error:
-            raise Refused(f"{path} cannot be written: {error.strerror or error}", afterwards) from error
+            raise _cannot(path, "written", error, afterwards) from error
         done = True
         return str(path)
 

@@ -111,21 +111,16 @@ def sign_payload(signer: Signer, serial: str, payload: Payload) -> SignResult:
     :raises SignerError: the key could not sign.
     """
     message = payload_bytes(payload)
-    if _could_be_assertion(message):
-        raise BadInputError(
-            "this payload could be a session assertion, and a message is never signed as one",
-            "Sign a mapping that holds it, or its hash.",
-        )
-    if _could_be_request(message):
-        raise BadInputError(
-            "this payload could be a signed HTTP request, and a message is never signed as one",
-            "Sign a mapping that holds it, or its hash.",
-        )
-    if _could_be_certificate(message):
-        raise BadInputError(
-            "this payload could be a certificate or a revocation list, and a message is never signed as one",
-            "Sign a mapping that holds it, or its hash.",
-        )
+    for could_be, what in (
+        (_could_be_assertion, "a session assertion"),
+        (_could_be_request, "a signed HTTP request"),
+        (_could_be_certificate, "a certificate or a revocation list"),
+    ):
+        if could_be(message):
+            raise BadInputError(
+                f"this payload could be {what}, and a message is never signed as one",
+                "Sign a mapping that holds it, or its hash.",
+            )
     digest = hashlib.sha256(message)
     signature = base64.b64encode(signer.sign(digest.digest())).decode()
     return SignResult(signature, serial, f"sha256:{digest.hexdigest()}", dt.datetime.now(dt.timezone.utc))
@@ -178,7 +173,10 @@ class AgentCredential:
         return cls(agent_id, agent.serial, store.open(public_key), installation_id)
 
     def assertion(self, installation_id: uuid.UUID | str, lifetime: int = 60) -> str:
-        """A JWT (RFC 7523, RS256) for one exchange at this installation, good for ``lifetime`` seconds."""
+        """A JWT (RFC 7523, RS256) for one exchange at this installation, good for ``lifetime`` seconds.
+
+        :raises BadInputError: another lifetime than 1 to 300 seconds.
+        :raises SignerError: the key could not sign."""
         if not 0 < lifetime <= _MAX_LIFETIME:
             raise BadInputError(f"an assertion lives 1 to {_MAX_LIFETIME} seconds")
         now = int(time.time())

@@ -20,6 +20,8 @@ Status = Literal["active", "revoked", "expired", "not_yet_valid", "suspended", "
 
 @dataclass(frozen=True)
 class Agent:
+    """An agent as its row has it. It can do nothing without a certificate."""
+
     agent_id: uuid.UUID
     name: str
     tenant: str | None
@@ -103,12 +105,11 @@ class LedgerKey:
     registered_by: str
     revoked_at: dt.datetime | None
     revocation_reason: str | None
-    der: bytes
+    der: bytes = field(repr=False)
 
     @property
     def pem(self) -> str:
-        certificate = x509.load_der_x509_certificate(self.der)
-        return certificate.public_bytes(serialization.Encoding.PEM).decode()
+        return _pem(self.der)
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Authority:
+    """A pinned certificate authority. ``path_length`` is how many may come below it, None without a limit."""
+
     key_id: str
     issuer_key_id: str
     not_before: dt.datetime
@@ -257,6 +260,8 @@ class MessageVerification:
 
 @dataclass(frozen=True)
 class RevocationList:
+    """An authority's newest revocation list (RFC 5280 section 5), and how many certificates it lists."""
+
     key_id: str
     number: int
     this_update: dt.datetime

@@ -88,7 +88,7 @@ begin
 end
 $$;
 comment on function kakunin.installation_id() is
-  'This installation''s id. Assertions name it as their audience: kakunin:<installation id>';
+  'This installation''s id. Assertions name it as their audience: kakunin:<installation id>. For all the kit''s roles';
 
 -- Everything that asks for the time asks here, so that a test can move the clock by replacing one
 -- function instead of sleeping. It is the wall clock, not the transaction's start: a certificate must

@@ -2,34 +2,14 @@
 --
 -- Core has sha256() and arbitrary-precision numeric, and that is enough for what the kit checks:
 --
---   HMAC-SHA256 (RFC 2104)            session tickets and bindings
 --   base64url (RFC 4648 section 5)    the three parts of a JWT
---   RSASSA-PKCS1-v1_5 with SHA-256    (RFC 8017 section 8.2.2) assertions, later certificates and tree heads
+--   RSASSA-PKCS1-v1_5 with SHA-256    (RFC 8017 section 8.2.2) assertions, certificates and tree heads
+--
+-- The HMAC of session tickets and bindings is kakunin_private.session_mac(), in 40_session.sql.
 --
 -- Verification only ever uses public values, so it needs no constant-time arithmetic. The encoded
 -- message is built from the digest and compared whole, as a number; the padding a signature carries is
 -- never parsed. Parsing it is how forgeries with e = 3 and garbage after the hash were possible.
-
-create function kakunin_private.hmac_sha256(p_key bytea, p_message bytea) returns bytea
-language plpgsql immutable strict parallel safe
-as $$
-declare
-  v_key   bytea := case when length(p_key) > 64 then sha256(p_key) else p_key end;
-  v_inner bytea;
-  v_outer bytea;
-begin
-  v_key := v_key || decode(repeat('00', 64 - length(v_key)), 'hex');
-  v_inner := v_key;
-  v_outer := v_key;
-  for i in 0..63 loop
-    v_inner := set_byte(v_inner, i, get_byte(v_key, i) # 54);  -- ipad, 0x36
-    v_outer := set_byte(v_outer, i, get_byte(v_key, i) # 92);  -- opad, 0x5c
-  end loop;
-  return sha256(v_outer || sha256(v_inner || p_message));
-end
-$$;
-comment on function kakunin_private.hmac_sha256(bytea, bytea) is
-  'HMAC-SHA256 (RFC 2104). The session hot path uses stored pads instead: see session_keys';
 
 create function kakunin_private.base64url_encode(p_bytes bytea) returns text
 language sql immutable strict parallel safe

@@ -9,7 +9,7 @@
 --   .2  model             SEQUENCE { model, modelHash }           UTF8String each; sha256:<64 hex digits>
 --   .3  permittedActions  SEQUENCE OF UTF8String                  orders:read, orders:*
 --   .4  tenant            UTF8String
---   .5  financialScope    UTF8String                              a JSON object
+--   .5  financialScope    UTF8String                              a JSON object, limits() its members
 --
 -- A key id is the subject key identifier (section 4.2.1.2) that a CA's certificate carries and what it signs
 -- names, in the text form serials have.

@@ -39,7 +39,7 @@ begin
 end
 $$;
 comment on function kakunin.normalize_serial(text) is
-  'The canonical form of a certificate serial, 3A:F2:91:CC, from any common hexadecimal form; KA010 for anything else';
+  'The canonical form of a certificate serial, 3A:F2:91:CC, from any common hexadecimal form; KA010 for anything else. For all the kit''s roles';
 
 create table kakunin_private.agents (
   agent_id         uuid primary key default gen_random_uuid(),
@@ -169,7 +169,8 @@ begin
   if not kakunin_private.snapshot_is_fresh() then
     raise exception using errcode = 'KA010',
       message = format('%s is for READ COMMITTED transactions: in this one (%s) it might miss what was decided since it began',
-        p_what, current_setting('transaction_isolation'));
+        p_what, current_setting('transaction_isolation')),
+      hint = 'Begin the transaction READ COMMITTED.';
   end if;
 end
 $$;
@@ -185,10 +186,7 @@ end;
 comment on function kakunin_private.is_reinstated_since(uuid) is
   'Whether the agent was reinstated after this transaction took its snapshot';
 
--- The one definition of "this certificate may be used now"; bind and every statement's check share it.
--- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
--- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
--- Plain columns, not row types, so that the planner can inline it.
+-- A snapshot taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
 create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at timestamptz, p_agent_id uuid) returns boolean
 language plpgsql stable parallel safe
 as $$
@@ -203,6 +201,9 @@ $$;
 comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
   'Whether certificate or agent was stopped, or the agent reinstated, after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
 
+-- The one definition of "this certificate may be used now"; bind and every statement's check share it.
+-- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
+-- Plain columns, not row types, so that the planner can inline it.
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
   p_agent_id uuid, p_suspended_at timestamptz
@@ -434,7 +435,8 @@ declare
   v_agent_id uuid;
 begin
   if create_agent.model is null and create_agent.model_hash is not null then
-    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named',
+      hint = 'Give the model with it.';
   end if;
   insert into kakunin_private.agents (name, tenant, model, model_version, model_hash)
   values (
@@ -469,7 +471,8 @@ begin
   perform kakunin_private.lock_agent(update_agent.agent_id);
   if v_hash is not null and update_agent.model is null
     and exists (select from kakunin_private.agents a where a.agent_id = update_agent.agent_id and a.model is null) then
-    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named',
+      hint = 'Give the model with it.';
   end if;
   update kakunin_private.agents a
      set name = coalesce(kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200), a.name),
@@ -518,17 +521,46 @@ comment on function kakunin_private.lock_agent(uuid) is
 
 -- Certificates ---------------------------------------------------------------------------------------
 
+create function kakunin_private.limits() returns text[]
+language sql immutable parallel safe
+return '{max_single_trade_usd,daily_limit_usd,leverage_permitted,max_leverage_ratio,permitted_venues,permitted_instruments}'::text[];
+comment on function kakunin_private.limits() is 'What a financial scope may have: the members that violations() enforces';
+
+create function kakunin_private.unknown_limits(p_scope jsonb) returns text
+language sql immutable parallel safe
+return (
+  select left(string_agg(to_jsonb(k)::text, ', ' order by k collate "C"), 300)
+    from jsonb_object_keys(p_scope - kakunin_private.limits()) k);
+comment on function kakunin_private.unknown_limits(jsonb) is 'The names in a financial scope that limit nothing, for a message; NULL when there are none';
+
+-- A limit that is misspelt would be none. Asked where a scope comes in, and not by a constraint: rows that are there stay
+-- loadable from a dump, and violations() lets them permit nothing.
+create function kakunin_private.check_financial_scope(p_scope jsonb) returns jsonb
+language plpgsql immutable parallel safe
+as $$
+declare
+  c_what    constant text := 'the financial scope';
+  v_unknown text;
+begin
+  if jsonb_typeof(p_scope) <> 'object' then
+    perform kakunin_private.refuse(c_what, 'it is not a JSON object');
+  end if;
+  v_unknown := kakunin_private.unknown_limits(p_scope);
+  if v_unknown is not null then
+    perform kakunin_private.refuse(c_what, 'nothing enforces ' || v_unknown,
+      format('It may have %s.', array_to_string(kakunin_private.limits(), ', ')));
+  end if;
+  return p_scope;
+end
+$$;
+comment on function kakunin_private.check_financial_scope(jsonb) is
+  'The scope, or KA010 when it is no object or has a member that nothing enforces; NULL for NULL';
+
 create function kakunin_private.financial_scope(p_element bytea) returns jsonb
 language plpgsql immutable parallel unsafe
 as $$
-declare
-  v_scope jsonb;
 begin
-  v_scope := kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb;
-  if jsonb_typeof(v_scope) <> 'object' then
-    perform kakunin_private.refuse('the financial scope', 'it is not a JSON object');
-  end if;
-  return v_scope;
+  return kakunin_private.check_financial_scope(kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb);
 exception
   -- no JSON, a number or a text jsonb cannot hold, nested too deep; an escape that 15 cannot convert to this encoding
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range or program_limit_exceeded
@@ -537,7 +569,7 @@ exception
     return null;
 end
 $$;
-comment on function kakunin_private.financial_scope(bytea) is 'The JSON object of extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
+comment on function kakunin_private.financial_scope(bytea) is 'The financial scope in extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
 
 create function kakunin.register_certificate(der bytea, overlap interval default null) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp

@@ -81,7 +81,7 @@ comment on function kakunin_private.key_is_good(text, timestamptz) is 'Whether w
 create function kakunin_private.session_mac(p_inner bytea, p_outer bytea, p_message text) returns text
 language sql stable strict parallel safe
 return encode(sha256(p_outer || sha256(p_inner || convert_to(p_message, 'UTF8'))), 'hex');
-comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 in hexadecimal, from the stored pads';
+comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 (RFC 2104) in hexadecimal, from the pads that session_keys keeps';
 
 -- The login and the database come first, and quoted: neither a name with a bar in it nor what
 -- a caller puts into the rest can make one message read as another. One concat_ws() for all, because every
@@ -376,7 +376,7 @@ begin
 end
 $$;
 comment on function kakunin.current_cert_serial() is
-  'The serial bound to this session if its certificate may be used now, otherwise NULL. In a policy write (select kakunin.current_cert_serial()), which runs once a statement';
+  'The serial bound to this session if its certificate may be used now, otherwise NULL. In a policy write (select kakunin.current_cert_serial()), which runs once a statement. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.current_agent_id() returns uuid
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -424,7 +424,7 @@ begin
 end
 $$;
 comment on function kakunin.require_session() is
-  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003, KA008 or KA012';
+  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003, KA008 or KA012. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.require_scope(scope text) returns boolean
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -441,7 +441,7 @@ begin
 end
 $$;
 comment on function kakunin.require_scope(text) is
-  'True where has_scope() is; otherwise raises KA005, or what require_session() raises. For policies that refuse aloud';
+  'True where has_scope() is; otherwise raises KA005, or what require_session() raises. For policies that refuse aloud. For kakunin_agent and kakunin_gateway';
 
 -- Making a binding ----------------------------------------------------------------------------------
 
@@ -584,7 +584,7 @@ begin
 end
 $$;
 comment on function kakunin.bind_session(text, boolean) is
-  'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only';
+  'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only. For kakunin_agent and kakunin_gateway';
 
 create function kakunin_private.bind_transaction(p_serial text) returns text
 language plpgsql volatile parallel unsafe
@@ -634,7 +634,7 @@ begin
   end if;
 end
 $$;
-comment on function kakunin.unbind_session() is 'Takes the binding off this session and this transaction';
+comment on function kakunin.unbind_session() is 'Takes the binding off this session and this transaction. For kakunin_agent and kakunin_gateway';
 
 -- Opening a session ---------------------------------------------------------------------------------
 
@@ -790,4 +790,4 @@ begin
 end
 $$;
 comment on function kakunin.open_session(text) is
-  'Exchanges an assertion signed by the agent''s key (RFC 7523) for a ticket of at most 300 seconds. Pass it as a bound parameter';
+  'Exchanges an assertion signed by the agent''s key (RFC 7523) for a ticket of at most 300 seconds. Pass it as a bound parameter. For kakunin_agent and kakunin_gateway';

@@ -102,11 +102,11 @@ create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform kakunin_private.check_text('a reason', suspend_agent.reason, 1000);
   perform kakunin_private.lock_agent(suspend_agent.agent_id);
   update kakunin_private.agents a
      set suspended_at = coalesce(a.suspended_at, kakunin_private.clock()),
-         suspended_reason = coalesce(
-           a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
+         suspended_reason = coalesce(a.suspended_reason, suspend_agent.reason)
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
   perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
@@ -292,7 +292,8 @@ declare
 begin
   select * into v_halt from kakunin_private.halts h where h.halt_id = sign_halt.halt_id for update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given')),
+      hint = 'kakunin.halts shows them.';
   end if;
   select a.public_key_modulus into v_modulus from kakunin_private.authorities a
    where a.key_id = sign_halt.key_id collate "C" and a.distrusted_at is null;

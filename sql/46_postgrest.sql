@@ -6,6 +6,7 @@
 --
 --   401  the header X-Kakunin-Cert-Serial does not name the certificate that the token names
 --   403  the token's certificate may not be used now; the error's code is the KA... that says why
+--   503  a standby is too far behind the primary to tell (KA012)
 --
 -- Requests without the claim and without the header are none of its business and pass.
 --
@@ -108,4 +109,4 @@ begin
 end
 $$;
 comment on function kakunin.pre_request() is
-  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 503 on a standby that is too far behind, 401 for a header that is not the claim''s';
+  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 503 on a standby that is too far behind, 401 for a header that is not the claim''s. For kakunin_agent and kakunin_gateway';

@@ -64,8 +64,20 @@ insert into kakunin_private.risk_settings default values;
 comment on table kakunin_private.risk_settings is 'How events are scored and what follows. Changed by kakunin.set_risk()';
 comment on column kakunin_private.risk_settings.mode is 'observe: scores are worked out and alerts recorded, but nobody is revoked and nothing refused';
 comment on column kakunin_private.risk_settings.base is 'The base score of each event type; "other" is for those not named';
+comment on column kakunin_private.risk_settings.medium is 'The score an agent''s band is medium from';
+comment on column kakunin_private.risk_settings.high is 'The score its band is high from';
+comment on column kakunin_private.risk_settings.critical is 'The score it is revoked from, its own or that of what is certain of one event';
+comment on column kakunin_private.risk_settings.half_life is 'How long it takes an attempt to count half as much';
+comment on column kakunin_private.risk_settings.soft_limit is 'The score that what is unusual takes an agent to at most, drift included';
 comment on column kakunin_private.risk_settings.violation is 'The hard score of an event outside the certificate''s financial scope';
 comment on column kakunin_private.risk_settings.gross is 'The hard score of one gross_ratio times over a limit, or more';
+comment on column kakunin_private.risk_settings.gross_ratio is 'How many times over a limit is gross';
+comment on column kakunin_private.risk_settings.rate_weight is 'The most of the factor rate: more events than at this time of the day before';
+comment on column kakunin_private.risk_settings.amount_weight is 'The most of the factor amount_deviation';
+comment on column kakunin_private.risk_settings.rows_weight is 'The most of the factor rows';
+comment on column kakunin_private.risk_settings.novelty_weight is 'The most of the factor novelty: a venue, tool or table that the agent never named';
+comment on column kakunin_private.risk_settings.malformed_weight is 'The most of the factor malformed_metadata';
+comment on column kakunin_private.risk_settings.drift_weight is 'The score that drift takes an agent to at most';
 comment on column kakunin_private.risk_settings.rate_floor is 'Events an hour that are not unusual whatever the baseline says';
 comment on column kakunin_private.risk_settings.quiet_floor is 'The same at hours of the day at which the agent does not work';
 comment on column kakunin_private.risk_settings.history_days is 'Days of history before anything is called unusual';
@@ -190,7 +202,8 @@ return row(
 comment on function kakunin_private.learned(kakunin_private.baseline, double precision) is
   'What is usual after another value that is so far off';
 
--- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
+-- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing, nor does one that is not
+-- known: no such certificate is registered, but one may have been.
 create function kakunin_private.violations(
   p_scope jsonb, p_amount numeric, p_spent numeric, p_venue text, p_instrument text, p_leverage numeric
 ) returns table (violation text, ratio double precision, reason text)
@@ -219,10 +232,13 @@ begin atomic
           select 'instrument', 1, format('instrument %s is not in permitted_instruments', quote_literal(left(p_instrument, 100)))
            where p_scope ? 'permitted_instruments' and p_instrument is not null
              and not coalesce(jsonb_typeof(p_scope -> 'permitted_instruments') = 'array' and p_scope -> 'permitted_instruments' ? p_instrument, false)
+          union all
+          select 'unknown_limit', 1, format('nothing enforces %s of its financial scope', kakunin_private.unknown_limits(p_scope))
+           where p_scope - kakunin_private.limits() <> '{}' and num_nonnulls(p_amount, p_venue, p_instrument, p_leverage) > 0
          ) l(violation, ratio, reason);
 end;
 comment on function kakunin_private.violations(jsonb, numeric, numeric, text, text, numeric) is
-  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments; ratio is how many times over';
+  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments, or all of it where it has another member; ratio is how many times over';
 
 -- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
 -- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
@@ -922,7 +938,8 @@ begin
   end if;
   select k into v_name from jsonb_object_keys(settings) k where k = 'only_row' or not to_jsonb(v_before) ? k limit 1;
   if found then
-    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64)));
+    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64))),
+      hint = 'set_risk(''{}'') shows them.';
   end if;
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
@@ -1064,7 +1081,8 @@ begin
    where r.review_id = review_risk.review_id and r.decided_at is null
   returning r.agent_id into v_agent_id;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given')),
+      hint = 'kakunin.risk_reviews shows them.';
   end if;
   perform kakunin_private.record('risk.reviewed', v_agent_id, jsonb_build_object('review_id', review_risk.review_id, 'decision', review_risk.decision));
 end

@@ -929,8 +929,10 @@ create function kakunin.record_read(command text, details jsonb default '{}') re
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if record_read.command is null or record_read.command !~ '^[a-z]{1,20}$' or octet_length(record_read.details::text) > 2000 then
-    raise exception using errcode = 'KA010', message = 'a reading is recorded by the name of the command, and 2000 bytes of details at most';
+  if record_read.command is null or record_read.command !~ '^[a-z]{1,20}$' or octet_length(record_read.details::text) > 2000
+    or kakunin_private.is_too_deep(record_read.details) then
+    raise exception using errcode = 'KA010',
+      message = 'a reading is recorded by the name of the command, and 2000 bytes of details at most, nested at most 64 deep';
   end if;
   perform kakunin_private.record('ledger.read', null, jsonb_build_object(
     'command', record_read.command, 'details', coalesce(record_read.details, '{}')));
@@ -980,7 +982,8 @@ begin
       hint = 'They are named by their month, such as ledger_202611.';
   end if;
   if v_to > kakunin_private.clock() - interval '1 hour' then
-    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition);
+    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition),
+      hint = 'Archive it an hour after its month has ended.';
   end if;
   -- Nothing is added from here on, and nothing uncommitted is in it.
   execute format('lock table kakunin_private.%I in share mode', archive_partition.partition);

@@ -362,7 +362,8 @@ begin
           array(select distinct t from unnest(add_webhook.event_types) t order by t), add_webhook.secret, kakunin_private.clock(), session_user)
   on conflict on constraint webhook_endpoints_pkey do nothing;
   if not found then
-    raise exception using errcode = 'KA010', message = format('there is an endpoint %s already', add_webhook.endpoint_id);
+    raise exception using errcode = 'KA010', message = format('there is an endpoint %s already', add_webhook.endpoint_id),
+      hint = 'Give a new one an id of its own.';
   end if;
   -- Without its path, which may be what protects it.
   perform kakunin_private.record('webhook.added', null, jsonb_build_object(

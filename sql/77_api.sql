@@ -179,11 +179,12 @@ as $$
 declare
   v_size constant integer := octet_length(metadata::text) + coalesce(octet_length(financial_scope::text), 0);
 begin
-  if coalesce(jsonb_typeof(metadata) <> 'object', true) or jsonb_typeof(financial_scope) <> 'object' or v_size > 16384
-    or kakunin_private.is_too_deep(metadata) then
+  if coalesce(jsonb_typeof(metadata) <> 'object', true) or v_size > 16384
+    or kakunin_private.is_too_deep(metadata) or kakunin_private.is_too_deep(financial_scope) then
     raise exception using errcode = 'KA010',
       message = 'metadata and financial scope are JSON objects of at most 16384 bytes together, nested at most 64 deep';
   end if;
+  perform kakunin_private.check_financial_scope(financial_scope);
   perform kakunin_private.check_known_agent(describe_agent.agent_id);
   insert into kakunin_private.agent_descriptions as d (agent_id, metadata, financial_scope)
   values (describe_agent.agent_id, describe_agent.metadata, describe_agent.financial_scope)
@@ -255,9 +256,11 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('a decision chain');
   select * into v_chain from kakunin_private.decision_chains d where d.chain_id = p_chain_id for no key update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no decision chain %s', coalesce(p_chain_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no decision chain %s', coalesce(p_chain_id::text, 'given')),
+      hint = 'kakunin.decision_chains shows them.';
   elsif v_chain.closed_at is not null then
-    raise exception using errcode = 'KA010', message = format('decision chain %s is closed', p_chain_id);
+    raise exception using errcode = 'KA010', message = format('decision chain %s is closed', p_chain_id),
+      hint = 'Open another.';
   end if;
   return v_chain;
 end

@@ -53,19 +53,13 @@ FIRST = {
 }  # fmt: skip
 
 
-# Where several majors are tested in one run: what is a matter of moments and not of versions is tested on the
-# newest alone, and what is of the Python around the SQL on one of them: files, and tests of a file.
-# `make test-all` has all on each.
-NEWEST = {
-    "test_bundle", "test_cache", "test_cli", "test_client", "test_crash", "test_failover", "test_mcp_ts",
-    "test_supabase_js", "test_wheel", "test_worker",
-}  # fmt: skip
-OLDEST = {
-    "test_acting", "test_attempts", "test_install::test_plain_alembic", "test_integrations", "test_mcp",
-    "test_mcp_examples", "test_mcp_sql", "test_mcp_wire", "test_middleware", "test_middleware_proof",
-    "test_middleware_servers", "test_monitoring", "test_serve_attacks", "test_serve_example",
-    "test_serve_schema", "test_serve_shims", "test_signers", "test_supabase_wire", "test_webhooks",
-    "test_witness",
+# Where several majors are tested in one run, as by `make test`, the newest has everything and the others have
+# these: the attacks, and what differs from one version to another before anything else does. `make test-all`
+# has everything on each.
+EVERYWHERE = {
+    "test_attack_binding", "test_attack_halt", "test_attack_identity", "test_attack_isolation",
+    "test_attack_ledger", "test_attack_revocation", "test_attack_risk", "test_catalog", "test_crypto",
+    "test_export", "test_install", "test_mcp_wire",
 }  # fmt: skip
 
 
@@ -77,15 +71,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(trylast=True)  # the tests of a file and major stay together, as pytest's fixtures have them
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    one_major = dict.fromkeys(NEWEST, MAJORS[-1]) | dict.fromkeys(OLDEST, MAJORS[0])
     elsewhere = [
         item
         for item in items
         if isinstance(item, pytest.Function)
         and hasattr(item, "callspec")
-        and (major := item.callspec.params.get("cluster")) is not None
-        and major
-        != one_major.get(item.path.stem, one_major.get(f"{item.path.stem}::{item.originalname}", major))
+        and item.callspec.params.get("cluster", MAJORS[-1]) != MAJORS[-1]
+        and item.path.stem not in EVERYWHERE
     ]
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)

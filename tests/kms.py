@@ -283,22 +283,28 @@ class HSM:
         import pkcs11 as library
 
         kind = private.pop("KIND", library.KeyType.RSA)
-        bits = private.pop("BITS", 2048)
+        bits, curve = private.pop("BITS", 2048), private.pop("CURVE", "secp256r1")
         template = {getattr(library.Attribute, name): value for name, value in private.items()}
 
         def work(session: Any) -> None:
             if kind is library.KeyType.EC:
-                curve = library.util.ec.encode_named_curve_parameters("secp256r1")
+                named = library.util.ec.encode_named_curve_parameters(curve)
                 parameters = session.create_domain_parameters(
-                    kind, {library.Attribute.EC_PARAMS: curve}, local=True
+                    kind, {library.Attribute.EC_PARAMS: named}, local=True
                 )
-                parameters.generate_keypair(label=label, id=id, store=True)
+                parameters.generate_keypair(label=label, id=id, store=True, private_template=template)
             else:
                 session.generate_keypair(
                     kind, bits, label=label, id=id, store=True, private_template=template
                 )
 
         self.keys()._token.run("make a key", work, write=True)
+
+    def make_ec(self, label: str, id: bytes, **private: Any) -> None:
+        """The same on P-256, or the curve given as ``CURVE``."""
+        import pkcs11 as library
+
+        self.make(label, id, KIND=library.KeyType.EC, EXTRACTABLE=False, **private)
 
     def destroy(self, label: str) -> int:
         """How many objects were of this label."""

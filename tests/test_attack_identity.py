@@ -205,7 +205,7 @@ EDITS: dict[str, Callable[[Parts], Any]] = {
     ),
     "another agent": lambda p: put_extension(p, URN, utf8(f"urn:kakunin:agent:{OTHER}")),
     "a tenant": lambda p: put_extension(p, TENANT, utf8("acme")),
-    "a financial scope": lambda p: put_extension(p, SCOPE, utf8('{"limit": 1000000}')),
+    "a financial scope": lambda p: put_extension(p, SCOPE, utf8('{"daily_limit_usd": 1000000}')),
     "a model": lambda p: put_extension(p, MODEL, sequence(utf8("m"), utf8("sha256:" + "0" * 64))),
     "no extKeyUsage": lambda p: setattr(p, "extensions", p.extensions[:2] + p.extensions[3:]),
     "another order": lambda p: setattr(p, "extensions", p.extensions[::-1]),
@@ -618,7 +618,7 @@ def test_g4_objects_of_ones_own_in_the_way(database: Database, path: str) -> Non
     schema = f"shadow_{uuid.uuid4().hex[:8]}"
     database.run("postgres", f"grant create on database {database.name} to registrar")
     agent_id = new_agent(database)
-    certificate = genuine(agent_id).put(SCOPE, utf8('{"limit": 1}'))
+    certificate = genuine(agent_id).put(SCOPE, utf8('{"daily_limit_usd": 1}'))
     with database.connect("registrar", autocommit=True) as connection:
         for statement in SHADOWS.replace("SCHEMA", schema).strip().split(";\n"):
             connection.execute(statement.encode())
@@ -649,7 +649,8 @@ SETTINGS = {
 def test_g4_settings_of_ones_own(database: Database, setting: str) -> None:
     """What a session may set decides nothing, and changes nothing that is stored."""
     agent_id = new_agent(database, tenant="\u00e9")
-    certificate = genuine(agent_id).put(TENANT, utf8("\u00e9")).put(SCOPE, utf8('{"limit": 0.1}'))
+    scope = '{"daily_limit_usd": 0.1}'
+    certificate = genuine(agent_id).put(TENANT, utf8("\u00e9")).put(SCOPE, utf8(scope))
     der, other = certificate.der, certificate.der  # with serials of their own
     with database.connect("registrar", autocommit=True) as connection:
         try:
@@ -674,7 +675,7 @@ def test_g4_settings_of_ones_own(database: Database, setting: str) -> None:
     )
     expected = (
         start(), start() + 90 * DAY, modulus(rsa_key(41).public_key()), ["orders:read", "vault:*"], "\u00e9",
-        {"limit": 0.1},
+        {"daily_limit_usd": 0.1},
     )  # fmt: skip
     assert [row[1:8] for row in rows] == [(True, *expected)] * 2
     registered_at = database.value("installer", "select now()")

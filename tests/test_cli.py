@@ -213,6 +213,18 @@ def test_a_command_imports_what_it_needs() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+def test_where_there_is_no_libpq_the_last_line_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError('no pq wrapper available')")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import kakunin_db.cli"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr.splitlines()[-2:] == [
+        "ImportError: no pq wrapper available",
+        "Install libpq (Debian: libpq5) or run: pip install 'kakunin-db[binary]'",
+    ]
+
+
 # A whole life ----------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,7 @@ from kakunin_db import (
     SignerError,
     SignerUnavailableError,
     UnknownCertificateError,
+    ca,
     results,
 )
 from kakunin_db import client as clients
@@ -1414,6 +1415,30 @@ def test_rotating_reads_what_was_signed_and_not_the_row(client: Opener, tampered
     rotated = client("registrar").agents.rotate(tampered.agent.agent_id)
     assert rotated.permitted_actions == ("orders:read",)
     assert (rotated.financial_scope, rotated.model, rotated.tenant) == (None, None, "acme")
+
+
+def test_a_scope_that_nothing_enforces_is_not_renewed_and_can_be_superseded(
+    client: Opener, tampered: Tampered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a certificate from before such were refused."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ca, "_LIMITS", (*ca._LIMITS, "max_transaction_usdd"))
+        old = wide(tampered.place.ca, tampered.agent, financial_scope={"max_transaction_usdd": 100})
+    tampered.edit(old.der, financial_scope='{"max_transaction_usdd": 100}')
+    registrar = client("registrar")
+    with (
+        tampered.place.unchanged(tampered.agent),
+        pytest.raises(BadInputError, match="what nothing enforces: max_transaction_usdd"),
+    ):
+        registrar.agents.rotate(tampered.agent.agent_id)
+    renewed = registrar.agents.certify(
+        tampered.agent.agent_id,
+        permitted_actions=["trade:*"],
+        financial_scope={"max_single_trade_usd": 100},
+        overlap=dt.timedelta(0),
+    )
+    assert renewed.financial_scope == {"max_single_trade_usd": 100}
+    assert registrar.certificates.get(old.serial).revocation_reason == "superseded"
 
 
 FORGERIES: dict[str, Callable[[Tampered], bytes]] = {

@@ -118,32 +118,42 @@ def encoded(bits: int, message: bytes) -> bytes:
 # HMAC-SHA256 ----------------------------------------------------------------------------------------
 
 
-def test_hmac_agrees_with_rfc_4231(sql: psycopg.Connection[Any]) -> None:
-    text = (VECTORS / "HMAC" / "rfc-4231-sha256.txt").read_text()
-    cases = re.findall(r"^Key = (\w*)\n(?:#.*\n)*Msg = (\w*)\nMD = (\w+)$", text, re.MULTILINE)
-    assert len(cases) == text.count("MD = ") >= 6
-    for hex_key, message, expected in cases:
-        got = sql.execute(
-            "select kakunin_private.hmac_sha256(%s, %s)", [bytes.fromhex(hex_key), bytes.fromhex(message)]
-        ).fetchone()
-        assert got == (bytes.fromhex(expected),)
+def pads(key: bytes) -> tuple[bytes, bytes]:
+    """ipad and opad of RFC 2104, under a key no longer than a block."""
+    block = key.ljust(64, b"\x00")
+    return bytes(b ^ 0x36 for b in block), bytes(b ^ 0x5C for b in block)
 
 
-def test_hmac_agrees_with_python_for_every_length_of_key(sql: psycopg.Connection[Any]) -> None:
-    source = random.Random(1)
-    keys = [source.randbytes(length) for length in range(200)]
-    messages = [source.randbytes(source.choice([0, 1, 63, 64, 65, 1000])) for _ in keys]
+def test_a_sessions_mac_agrees_with_rfc_4231(sql: psycopg.Connection[Any]) -> None:
+    """Section 4.3, test case 2."""
     got = sql.execute(
-        "select kakunin_private.hmac_sha256(k, m)"
-        " from unnest(%s::bytea[], %s::bytea[]) with ordinality as t(k, m, at) order by at",
-        [keys, messages],
+        "select kakunin_private.session_mac(%s, %s, 'what do ya want for nothing?')", pads(b"Jefe")
+    ).fetchone()
+    assert got == ("5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843",)
+
+
+def test_a_sessions_mac_agrees_with_python(sql: psycopg.Connection[Any]) -> None:
+    source = random.Random(1)
+    keys = [source.randbytes(length) for length in range(65)]
+    messages = ["ü" * source.choice([0, 1, 31, 32, 33, 500]) for _ in keys]
+    inner, outer = zip(*map(pads, keys), strict=True)
+    got = sql.execute(
+        "select kakunin_private.session_mac(i, o, m)"
+        " from unnest(%s::bytea[], %s::bytea[], %s::text[]) with ordinality as t(i, o, m, at) order by at",
+        [list(inner), list(outer), messages],
     ).fetchall()
-    assert got == [(hmac.digest(k, m, "sha256"),) for k, m in zip(keys, messages, strict=True)]
+    assert got == [
+        (hmac.new(k, m.encode(), "sha256").hexdigest(),) for k, m in zip(keys, messages, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("arguments", ["null, ''", "'', null", "null, null"])
-def test_hmac_of_nothing_is_nothing(sql: psycopg.Connection[Any], arguments: str) -> None:
-    assert sql.execute(f"select kakunin_private.hmac_sha256({arguments})").fetchone() == (None,)
+def test_a_sessions_key_is_kept_as_the_pads_of_32_bytes(sql: psycopg.Connection[Any]) -> None:
+    ((inner, outer),) = sql.execute(
+        "select inner_pad, outer_pad from kakunin_private.session_keys"
+    ).fetchall()
+    key = bytes(b ^ 0x36 for b in inner[:32])
+    assert (inner, outer) == pads(key)
+    assert len(set(key)) > 16
 
 
 # base64url ------------------------------------------------------------------------------------------

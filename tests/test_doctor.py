@@ -449,6 +449,12 @@ PLANTS = [
     Plant(
         "kit-privilege",
         "critical",
+        "function kakunin.continue_ledger()",
+        "grant execute on function kakunin.continue_ledger to operator",
+    ),
+    Plant(
+        "kit-privilege",
+        "critical",
         "table kakunin_private.session_keys",
         "grant select on kakunin_private.session_keys to auditor",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
 import random
 import re
 import subprocess
@@ -32,11 +33,13 @@ from kakunin_db import (
     CertificateAuthority,
     KakuninError,
     LocalSigner,
+    ca,
     errors,
     normalize_serial,
 )
 from kakunin_db.ca import AGENT_URN, PERMITTED_ACTIONS, TENANT
 from kakunin_db.resources import sql_dir
+from kakunin_db.serve.models import FinancialScope
 
 DAY = dt.timedelta(days=1)
 NOW = dt.datetime.now(dt.timezone.utc).replace(microsecond=0)
@@ -824,6 +827,11 @@ def test_a_suspension_has_a_reason(database: Database, reason: str | None) -> No
     query = "select kakunin.suspend_agent(%s, %s)"
     assert refused(database, "operator", query, [agent.agent_id, reason]).sqlstate == "KA010"
     assert bindable(database, agent.serial) == "yes"
+    agent.suspend()
+    with database.connect("operator") as operator:
+        operator.execute("set plan_cache_mode = force_generic_plan")  # nothing is worked out beforehand
+        with pytest.raises(psycopg.Error, match="a reason must be"):
+            operator.execute(query, [agent.agent_id, reason])
 
 
 @pytest.mark.parametrize("agent_id", [None, uuid.uuid4()], ids=["null", "unknown"])
@@ -1305,6 +1313,48 @@ def test_the_authority_issues_no_limit_that_nothing_enforces() -> None:
     ) as refused:
         issue(financial_scope={"currency": "EUR", "max_trade_usd": 1, "daily_limit_usd": 1})
     assert "max_single_trade_usd" in str(refused.value.hint)
+
+
+UNKNOWN = {"daily_limit_usd": 5, "max_transaction_usdd": 100, "": 1, "x\ny": 1}
+SAID = r'the financial scope is refused: nothing enforces "", "max_transaction_usdd", "x\ny"'
+
+
+def test_a_limit_that_nothing_enforces_is_not_registered(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever issued it: anew, or with an overlap in the place of another."""
+    agent = database.agent(financial_scope={"daily_limit_usd": 5})
+    monkeypatch.setattr(ca, "_LIMITS", (*ca._LIMITS, *UNKNOWN))  # as other software would
+    for query, more, issued in (
+        (REGISTER, [], for_new_agent(database, financial_scope=UNKNOWN)),
+        (OVERLAPPING, [DAY], issue(agent.agent_id, financial_scope=UNKNOWN)),
+    ):
+        error = refused(database, "registrar", query, [issued.der, *more])
+        assert (error.sqlstate, error.diag.message_primary) == ("KA010", SAID)
+        assert error.diag.message_hint == f"It may have {', '.join(ca._LIMITS[:6])}."
+        with database.connect("registrar") as connection, pytest.raises(BadInputError, match="usdd"):
+            issued.register(connection)
+    assert bindable(database, agent.serial) == "yes"
+
+
+def test_a_limit_that_nothing_enforces_is_not_asked_for(database: Database) -> None:
+    agent_id = new_agent(database)
+    describe = "select kakunin.describe_agent(%s, '{}', %s::jsonb)"
+    error = refused(database, "registrar", describe, [agent_id, json.dumps(UNKNOWN)])
+    assert (error.sqlstate, error.diag.message_primary) == ("KA010", SAID)
+    for wrong in ("[]", "1", "null", '{"permitted_venues": ' + "[" * 64 + "]" * 64 + "}"):
+        assert refused(database, "registrar", describe, [agent_id, wrong]).sqlstate == "KA010"
+    for scope in ({"daily_limit_usd": 5}, {}, None):
+        database.run("registrar", describe, [agent_id, None if scope is None else json.dumps(scope)])
+    rows = database.run(
+        "registrar", "select financial_scope from kakunin.agent_descriptions where agent_id = %s", [agent_id]
+    )
+    assert rows == [({},)]
+
+
+def test_everybody_knows_the_same_limits(database: Database) -> None:
+    assert database.value("installer", "select kakunin_private.limits()") == list(ca._LIMITS)
+    assert set(FinancialScope.model_fields) == set(ca._LIMITS)
 
 
 @pytest.mark.parametrize(

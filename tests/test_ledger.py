@@ -1286,12 +1286,21 @@ def test_an_export_names_a_signed_size_and_a_hash(filled: Database) -> None:
 @pytest.mark.parametrize(
     ("command", "details"),
     [(None, "{}"), ("", "{}"), ("Export", "{}"), ("a b", "{}"), ("x" * 21, "{}"), ("x\n", "{}"),
-     ("x", '"' + "y" * 1999 + '"')],
-    ids=range(7),
+     ("x", '"' + "y" * 1999 + '"'), ("x", "[" * 65 + "]" * 65), ("x", "[" * 990 + "]" * 990)],
+    ids=range(9),
 )  # fmt: skip
 def test_a_reading_is_recorded_by_name(filled: Database, command: str | None, details: str) -> None:
     with refused("KA010"):
         filled.run("auditor", "select kakunin.record_read(%s, %s)", [command, details])
+
+
+def test_a_description_is_nested_no_deeper_than_whoever_reads_the_ledger_can_follow(filled: Database) -> None:
+    query, agent_id = "select kakunin.describe_agent(%s, %s, %s)", filled.agent().agent_id
+    accepted, deeper = ('{"a":' * depth + "1" + "}" * depth for depth in (64, 65))
+    filled.run("registrar", query, [agent_id, accepted, accepted])
+    for metadata, scope in ((deeper, "{}"), ("{}", deeper)):
+        with refused("KA010"):
+            filled.run("registrar", query, [agent_id, metadata, scope])
 
 
 # Sealing --------------------------------------------------------------------------------------------

@@ -592,6 +592,7 @@ MORE = {
     "grant create on database {database} to {login}": "revoke create on database",
     "grant execute on function kakunin.bind_serial(text) to {login}": "bind_serial",
     "grant execute on function kakunin.bind_serial(text) to kakunin_agent": "bind_serial",
+    "grant execute on function kakunin.continue_ledger() to kakunin_agent": "continue_ledger",
     "grant execute on function pg_read_file(text) to public": "pg_read_file",
     "grant set on parameter session_replication_role to {login}": "session_replication_role",
     "grant usage on schema kakunin_private to {login}": "kakunin_private",

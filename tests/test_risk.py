@@ -252,6 +252,25 @@ def test_a_limit_that_cannot_be_read_permits_nothing(kit: Kit, scope: dict[str, 
     assert kit.event(kit.agent(financial_scope=scope), "transaction_initiated", {"amount_usd": 1})["revoked"]
 
 
+def test_a_limit_that_is_not_known_permits_nothing(kit: Kit) -> None:
+    """It is not registered any more: written here as a dump from before would have it."""
+    agent = kit.agent(permitted_actions=["trade:*"], financial_scope=SCOPE)
+    kit.installer.execute(
+        "update kakunin_private.certificates set financial_scope = financial_scope || %s where serial = %s",
+        [json.dumps({"max_transaction_usdd": 100}), agent.serial],
+    )
+    said = 'nothing enforces "max_transaction_usdd" of its financial scope'
+    for call in ("'trade:x', 1", "'trade:x', null, 'XLON'", "'trade:x', instrument => 'GILT'"):
+        answer = kit.call(agent, f"select kakunin.verify_agent_scope({call})")
+        assert (answer["allowed"], answer["code"], answer["reason"]) == (False, "KA005", said)
+    assert kit.call(agent, "select kakunin.verify_agent_scope('trade:x')")["allowed"]
+    with refused("KA009", match=said):
+        kit.call(agent, "select kakunin.require_spend(1, 'XLON', 'GILT')")
+    risk = kit.event(agent, "transaction_initiated", {"amount_usd": 1})
+    assert (risk["factors"], risk["band"]) == ({"unknown_limit": 0.75}, "high")
+    assert kit.event(agent, "data_mutation", {"rows": 1})["factors"] == {}
+
+
 @pytest.mark.parametrize(
     ("permitted", "leverage", "violated"),
     [(False, 1, False), (False, 1.01, True), (True, 5, False), ("yes", 2, True), (None, 2, True)],

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 from api import HASH, Server, api_key, served
-from conftest import Database, _ca
+from cluster import Cluster
+from conftest import Database, _ca, fresh_database
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 
+from kakunin_db import CertificateAuthority
 from kakunin_db.ca import canonical_json
 
 pytest.importorskip("kakunin", reason="the SDK is not installed")
@@ -418,6 +420,29 @@ async def test_each_exception_of_the_sdk(server: Server, sdk: kakunin.Kakunin) -
             await reader.agents.halt(agent.id)
         assert denied.value.status_code == 403
     assert (await sdk.agents.get(agent.id)).status is models.AgentStatus.active
+
+
+async def test_without_an_authority_it_is_said_which_command_makes_one(cluster: Cluster) -> None:
+    """Neither malformed, as 400 would say, nor certified already (409)."""
+    with fresh_database(cluster) as database:
+        database.run("operator", "select kakunin.distrust_ca(%s, 'superseded')", [_ca().key_id])
+        with served(database) as server:
+            async with server.sdk() as sdk:
+                made = await sdk.agents.create(name="x", model="m", version="1", model_hash=HASH)
+                with pytest.raises(exceptions.ServerError, match="kakunin-db ca init makes one") as refused:
+                    await sdk.agents.certify(made.id)
+                assert refused.value.status_code == 503
+                signer = server.keys.create("authority")
+                authority = CertificateAuthority.create(signer, "Another CA")
+                with database.connect("operator") as operator:
+                    authority.trust(operator)
+                certificate = await sdk.agents.certify(made.id)
+                assert certificate.status is models.CertificateStatus.active
+            with server.client(api_key(database)) as client:
+                described = client.get("/openapi.json").json()["paths"]
+    certify = described["/v1/agents/{agent_id}/certify"]["post"]["responses"]
+    assert "kakunin-db ca init" in certify["503"]["description"]
+    assert "kakunin-db" not in described["/v1/agents"]["get"]["responses"]["503"]["description"]
 
 
 async def test_many_at_once(sdk: kakunin.Kakunin) -> None:

@@ -27,7 +27,7 @@ from conftest import Agent, Database
 from test_crash import durable
 from test_worker import signed, stored_key, until, verify
 
-from kakunin_db import bind_agent_session
+from kakunin_db import bind_agent_session, flush_attempts
 from kakunin_db.errors import KakuninError
 from kakunin_db.ledger import open_witness
 
@@ -307,6 +307,7 @@ def test_g1_g3_g6_g9_everything_at_once(cluster: Cluster, tmp_path: Path) -> Non
             if life.failed is not None:
                 raise life.failed
             assert life.turns, f"{life.name} did nothing"
+        flush_attempts(30)  # while there is a server to record them
         until(signed(database), "the signature of everything")
         print(f"\n{SECONDS} s, seed {SEED}: {dict(soak.seen)}; {max(connections)} connections at most")
 

@@ -16,7 +16,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
-from kms import Wire, error, good, instead, quick_key, serve_kms
+from kms import HSM, PIN, SOFTHSM, Wire, error, good, instead, quick_key, serve_kms, softhsm
 
 from kakunin_db import (
     BadInputError,
@@ -28,7 +28,7 @@ from kakunin_db import (
     open_signer,
 )
 from kakunin_db.client import CertificateVerification
-from kakunin_db.signers import LocalECDSASigner, open_jwt_signer
+from kakunin_db.signers import LocalECDSASigner, PKCS11ECDSASigner, PKCS11Signer, open_jwt_signer
 from kakunin_db.tokens import AsymmetricKey, Minter, SecretKey, jwk, jwks, key_of, thumbprint
 
 SECRET = "a secret of the project, and of nobody else"
@@ -310,6 +310,105 @@ def test_an_es256_signature_of_another_key_in_kms_is_no_signature(wire: Wire) ->
         with pytest.raises(SignerError, match="ECC_NIST_P256") as refused:
             wire.ecdsa_signer(wire.made(spec))
         assert "--key-spec ECC_NIST_P256" in str(refused.value.hint)
+
+
+@pytest.fixture(scope="module")
+def hsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HSM]:
+    with softhsm(tmp_path_factory.mktemp("hsm")) as hsm:
+        yield hsm
+
+
+def test_a_token_signs_and_the_command_publishes_its_key(
+    hsm: HSM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hsm.make_ec("agents", b"\x01")
+    hsm.make("agents", b"\x02", EXTRACTABLE=False)
+    for id, kind, size in (("01", PKCS11ECDSASigner, 64), ("02", PKCS11Signer, 256)):
+        uri = f"pkcs11:token=kk;object=agents;id=%{id}?module-path={SOFTHSM}&pin-value={PIN}"
+        signer = open_jwt_signer(uri)
+        assert type(signer) is kind
+        assert signer.key_id == f"pkcs11:token=kk;object=agents;id=%{id}"
+        assert repr(signer) == f"<{kind.__name__} {signer.key_id}>"
+        assert len(signer.sign(hashlib.sha256(b"message").digest())) == size
+        with pytest.raises(BadInputError):
+            signer.sign(b"short")
+        token = Minter(AsymmetricKey(signer)).mint(certificate())
+        assert cli.main(["jwks", uri]) == 0
+        published = json.loads(capsys.readouterr().out)
+        assert verified(token.text, published)["kakunin_cert_serial"] == "3A:F2:91:CC"
+    with pytest.raises(SignerError, match="has 2 private keys pkcs11:token=kk;object=agents"):
+        open_jwt_signer(f"pkcs11:token=kk;object=agents?module-path={SOFTHSM}&pin-value={PIN}")
+
+
+def test_an_es256_signature_of_a_token_is_found_again_after_a_lost_session(hsm: HSM) -> None:
+    hsm.make_ec("lost", b"l")
+    signer = PKCS11ECDSASigner(SOFTHSM, "kk", PIN, label="lost")
+    hsm.restart()
+    digest = hashlib.sha256(b"message").digest()
+    for _ in range(200):  # one in 128 has an r or s of fewer than 32 bytes
+        signature = signer.sign(digest)
+        r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
+        signer.public_key().verify(
+            utils.encode_dss_signature(r, s), digest, ec.ECDSA(utils.Prehashed(hashes.SHA256()))
+        )
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"CURVE": "secp384r1"}, "its curve is not P-256"),
+        ({"SENSITIVE": False}, "can leave the token"),
+        ({"SIGN": False}, "not an elliptic-curve key for signing"),
+    ],
+    ids=["P-384", "not sensitive", "not for signing"],
+)
+def test_another_key_in_a_token_signs_no_es256(hsm: HSM, attributes: Any, said: str) -> None:
+    hsm.make_ec(said, b"r", **attributes)
+    try:
+        with pytest.raises(SignerError, match=said) as refused:
+            PKCS11ECDSASigner(SOFTHSM, "kk", PIN, label=said)
+    finally:
+        hsm.destroy(said)
+    assert "EC:prime256v1" in str(refused.value.hint)
+
+
+def test_an_rsa_key_signs_no_es256(hsm: HSM) -> None:
+    hsm.make("rsa", b"s", EXTRACTABLE=False)
+    with pytest.raises(SignerError, match="not an elliptic-curve key for signing"):
+        PKCS11ECDSASigner(SOFTHSM, "kk", PIN, label="rsa")
+
+
+def test_an_es256_signature_that_is_not_of_the_public_key_in_the_token_is_none(hsm: HSM) -> None:
+    """The public key is an object of its own, which another may have put there."""
+    import pkcs11 as library
+
+    attribute = library.Attribute
+    other = ec.generate_private_key(ec.SECP256R1()).public_key()
+    point = other.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+
+    def of(id: bytes, point: bytes | None) -> Callable[[Any], None]:
+        def work(session: Any) -> None:
+            wanted = {attribute.CLASS: library.ObjectClass.PUBLIC_KEY, attribute.ID: id}
+            [found] = list(session.get_objects(wanted))
+            made = {**wanted, attribute.KEY_TYPE: library.KeyType.EC, attribute.TOKEN: True}
+            made[attribute.EC_PARAMS] = found[attribute.EC_PARAMS]
+            found.destroy()
+            if point is not None:
+                session.create_object({**made, attribute.EC_POINT: point})
+
+        return work
+
+    def opened(label: str, id: bytes, point: bytes | None) -> PKCS11ECDSASigner:
+        hsm.make_ec(label, id)
+        hsm.keys()._token.run("exchange it", of(id, point), write=True)
+        return PKCS11ECDSASigner(SOFTHSM, "kk", PIN, label=label)
+
+    with pytest.raises(SignerError, match="has no usable public key: the token has none with its id"):
+        opened("alone", b"e0", None)
+    signer = opened("exchanged", b"e1", b"\x04\x41" + point)
+    assert signer.public_key() == other
+    with pytest.raises(SignerError, match="not by the key that pkcs11:token=kk;object=exchanged was"):
+        signer.sign(hashlib.sha256(b"message").digest())
 
 
 def save(key: Any, file: Path) -> None:

@@ -736,6 +736,12 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(list(inside) if isinstance(inside, tuple) else inside)
 
 
+LIMITS = {
+    "max_single_trade_usd", "daily_limit_usd", "leverage_permitted", "max_leverage_ratio", "permitted_venues",
+    "permitted_instruments",
+}  # fmt: skip
+
+
 def scope_of(der: bytes) -> Any:
     def constant(_: str) -> None:
         raise ValueError
@@ -750,6 +756,7 @@ def scope_of(der: bytes) -> Any:
     except (ValueError, RecursionError):
         raise RefusedError("scope: no JSON") from None
     need(isinstance(scope, dict), "scope: no object")
+    need(set(scope) <= LIMITS, "scope: what is no limit")
     found = "".join(strings(scope))
     need("\0" not in found, "scope: a zero character")
     need(not re.search(r"[\ud800-\udfff]", found), "scope: half a character")
@@ -1067,18 +1074,24 @@ BAD_ACTIONS = [
 ]  # fmt: skip
 GOOD_ACTIONS = ["a", "x" * 128, "x" * 126 + ":*", "A/b-c_d.e:0", "::", "a::*", "-", "::*", "/:*"]
 SCOPES = [
-    "{}", '{"limit": 100, "currency": "EUR"}', ' {"a" : [1, 2.5, -3e2, true, null, {"b": "\\u00e9\\n"}] } ',
-    '{"a": "\u65e5\U0001f600"}', '{"a": "\\ud83d\\ude00"}', '{"a": 1, "a": 2}',
-    '{"a": 12345678901234567890.123}',
-    '{"' + "k" * 3000 + '": 1}', '{"a": ' + "[" * 200 + "]" * 200 + "}", '{"\\\\u0000": 1}',
+    "{}", '{"max_single_trade_usd": 100, "daily_limit_usd": null}',
+    ' {"permitted_venues" : [1, 2.5, -3e2, true, null, {"b": "\\u00e9\\n"}] } ',
+    '{"permitted_venues": "\u65e5\U0001f600"}', '{"permitted_instruments": "\\ud83d\\ude00"}',
+    '{"daily_limit_usd": 1, "daily_limit_usd": 2}', '{"d\\u0061ily_limit_usd": 1}',
+    '{"daily_limit_usd": 12345678901234567890.123}', '{"max_leverage_ratio": {"' + "k" * 3000 + '": 1}}',
+    '{"leverage_permitted": ' + "[" * 200 + "]" * 200 + "}", '{"permitted_venues": {"\\\\u0000": 1}}',
 ]  # fmt: skip
 BAD_SCOPES = [
-    "", " ", "[]", '"{}"', "1", "null", "true", "{", "}", "{}{}", "{} x", "{'a': 1}", '{"a": 01}',
-    '{"a": NaN}',
-    '{"a": Infinity}', '{"a": 1,}', '{a: 1}', '{"a": "\\u0000"}', '{"a": "\\ud800"}',
-    '{"a": "\\udc00\\ud800"}',
-    '{"a": "\n"}', "\ufeff{}", '{"a": 1e400000}', "/**/{}", '{"a": .5}', '{"a": +1}', '{"a": "\\x41"}',
-    '{"a": ' + "[" * 3000, '{"a": 1e-400000}',
+    "", " ", "[]", '"{}"', "1", "null", "true", "{", "}", "{}{}", "{} x", "{'daily_limit_usd': 1}",
+    "{daily_limit_usd: 1}", '{"daily_limit_usd": 1,}', "\ufeff{}", "/**/{}",
+    *(f'{{"daily_limit_usd": {value}}}' for value in (
+        "01", "NaN", "Infinity", '"\\u0000"', '"\\ud800"', '"\\udc00\\ud800"', '"\n"', "1e400000", ".5", "+1",
+        '"\\x41"', "[" * 3000, "1e-400000",
+    )),
+    # No JSON is wrong with these, and no limit.
+    '{"a": 1}', '{"": 1}', '{"max_transaction_usdd": 1}', '{"daily_limit_usd": 1, "currency": "EUR"}',
+    '{"Daily_limit_usd": 1}', '{"daily_limit_usd ": 1}', '{"daily_limit_us\u0501": 1}', '{"limits": {}}',
+    '{"\\\\u0000": 1}', '{"' + "k" * 3000 + '": 1}', '{"a": 1, "a": 2}',
 ]  # fmt: skip
 BAD_URNS = [
     "", "{}", "urn:kakunin:agent:", "urn:kakunin:agent:{} ", " urn:kakunin:agent:{}",
@@ -1319,8 +1332,8 @@ CHANGES: dict[str, list[Change]] = {
     ],
     "financial scope": [
         *(extension(SCOPE, utf8(s)) for s in SCOPES * 2), *(extension(SCOPE, utf8(s)) for s in BAD_SCOPES),
-        extension(SCOPE, tlv(12, b'{"a": "\xff"}')), extension(SCOPE, tlv(19, b"{}")), extension(SCOPE, b""),
-        extension(SCOPE, sequence(utf8("{}"))), extension(SCOPE, utf8("{}"), True),
+        extension(SCOPE, tlv(12, b'{"daily_limit_usd": "\xff"}')), extension(SCOPE, tlv(19, b"{}")),
+        extension(SCOPE, b""), extension(SCOPE, sequence(utf8("{}"))), extension(SCOPE, utf8("{}"), True),
         extension(SCOPE, utf8("{}\0")),
     ],
     "other extensions": [
@@ -1437,7 +1450,7 @@ def whole() -> list[bytes]:
         if not agent.suspended:
             made = (
                 good(agent)
-                .put(SCOPE, utf8('{"limit": 100}'))
+                .put(SCOPE, utf8('{"daily_limit_usd": 100}'))
                 .put(SUBJECT_ID, x509.SubjectKeyIdentifier(bytes(20)))
             )
             made.put("2.5.29.31", x509.CRLDistributionPoints([
@@ -1714,8 +1727,8 @@ ENCODED: dict[str, Change] = {
     "an action": extension(ACTIONS, sequence(utf8("\u65e5"))),
     "an agent": extension(URN, utf8("urn:kakunin:agent:\u65e5")),
     **{scope: extension(SCOPE, utf8(scope)) for scope in (
-        '{"a": "\u65e5"}', '{"a": "\\u65e5"}', '{"a": "\\u00e9"}', '{"a": "\\ud83d\\ude00"}',
-        '{"a": "\\u0000"}',
+        f'{{"permitted_venues": "{text}"}}'
+        for text in ("\u65e5", "\\u65e5", "\\u00e9", "\\ud83d\\ude00", "\\u0000")
     )},
 }  # fmt: skip
 

@@ -164,7 +164,7 @@ def bind_agent_session(
 
     :param jwt_secret: the project's JWT secret; signs with HS256. This or ``jwt_signer``.
     :param jwt_signer: a signer, or its URI (:func:`open_signer`), whose JWKS the project trusts: RS256, or
-        ES256 with a P-256 key in a file or in AWS KMS.
+        ES256 with a P-256 key.
     :param jwt_key_id: the ``kid``; by default none with a secret, and the key's RFC 7638 thumbprint.
     :param role: the database's role for the requests; by default ``kakunin_agent``.
     :param audience: ``aud``; by default ``authenticated``, and None leaves it out.

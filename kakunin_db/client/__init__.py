@@ -237,7 +237,8 @@ class Agents(_Resource):
         certificate is how the client knows which key is the agent's, whatever the database says.
 
         :raises AgentSuspendedError, UnknownCertificateError: it has no certificate that it may use.
-        :raises BadInputError: the payload could be a session assertion, or a certificate to be signed."""
+        :raises BadInputError: the payload could be a session assertion, a signed HTTP request, or a
+            certificate to be signed."""
         return self._run(ops.sign(self._setup, agent_id, payload))
 
     def suspend(self, agent_id: AgentId, reason: str) -> Agent:
@@ -612,23 +613,27 @@ class AsyncCertificates(_AsyncResource):
 
 
 class AsyncLedger(_AsyncResource):
-    """:class:`Ledger`, to be awaited."""
+    """:class:`Ledger` for asyncio."""
 
     async def create_key(self, *, lifetime: dt.timedelta | None = None) -> LedgerKey:
+        """See :meth:`Ledger.create_key`."""
         return await self._run(ops.create_ledger_key(self._setup, lifetime=lifetime))
 
     async def keys(self) -> List[LedgerKey]:
+        """See :meth:`Ledger.keys`."""
         return await self._run(ops.ledger_keys())
 
     async def revoke_key(self, key_id: str, reason: str = "unspecified") -> dt.datetime:
+        """See :meth:`Ledger.revoke_key`."""
         return await self._run(ops.revoke_ledger_key(key_id, reason))
 
     async def status(self) -> LedgerStatus:
+        """See :meth:`Ledger.status`."""
         return await self._run(ops.ledger_status())
 
 
 class AsyncEvents(_AsyncResource):
-    """See :class:`Events`."""
+    """:class:`Events` for asyncio."""
 
     async def create(
         self,

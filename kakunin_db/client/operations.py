@@ -220,6 +220,10 @@ def distrust(key_id: str, reason: str) -> Steps[tuple[str, ...]]:
     return tuple(rows[0]["serials"])
 
 
+class NoAuthorityError(BadInputError):
+    """No authority is trusted here, so nothing can be certified: for an operator to mend."""
+
+
 def _open_authority(
     setup: Setup, key_id: str | None = None, *, to_certify: bool = False
 ) -> Steps[CertificateAuthority]:
@@ -238,12 +242,10 @@ def _open_authority(
         {"key_id": key_id, "any": key_id is not None or not to_certify},
     )
     if not rows:
-        raise BadInputError(
-            "no certificate authority for agents is trusted here"
-            if key_id is None
-            else f"no authority {key_id} is trusted here",
-            "Make one with kakunin-db ca init, or pin one with kakunin.trust_ca(der).",
-        )
+        hint = "Make one with kakunin-db ca init, or pin one with kakunin.trust_ca(der)."
+        if key_id is None:
+            raise NoAuthorityError("no certificate authority for agents is trusted here", hint)
+        raise BadInputError(f"no authority {key_id} is trusted here", hint)
     store = yield lambda: setup.store(ca=True)
     missing: SignerError | None = None
     for row in rows:

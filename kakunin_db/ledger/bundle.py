@@ -1067,7 +1067,7 @@ class _Verifier:
         else:
             following, last_digest, last_event, last_owner, last_index, holes = known
             if sequence < following:
-                self.back(entry, index, following)
+                self.back(entry, index)
                 return
             if sequence > following:
                 if holes == self.holes:
@@ -1119,7 +1119,7 @@ class _Verifier:
         if made is not None:
             self.broken[entry.chain] = made
 
-    def back(self, entry: _Entry, index: int, following: int) -> None:
+    def back(self, entry: _Entry, index: int) -> None:
         """An entry whose place in its chain is behind. The chain stays where it is."""
         for suspect in self.suspects:
             if suspect.kind in ("missing", "reordered") and entry.sequence in suspect.gap:
@@ -1238,7 +1238,7 @@ def verify_bundle(
     :param witnesses: tree heads that were kept elsewhere (:func:`open_witness`); all are held.
     :param progress: called with the index reached, after each ``leaves/1`` and its entries.
     :returns: what is wrong, in the order in which it was met. Whatever the bundle is, nothing is raised for
-    it.
+        it.
     :raises BadInputError: ``roots`` has none, or a certificate that is no authority's.
     """
     return _Verifier(roots, witnesses, progress).run(lines)

@@ -300,7 +300,7 @@ class S3Witness:
         # Not every boto3 and not every server knows it. Without it a head that is there is looked for first;
         # two that publish at once then make two versions, which are both read.
         members = self._client.meta.service_model.operation_model("PutObject").input_shape.members
-        if "IfNoneMatch" in members and self._put({**request, "IfNoneMatch": "*"}, key):
+        if "IfNoneMatch" in members and self._put({**request, "IfNoneMatch": "*"}):
             return
         kept = list(self._versions(key))
         if not kept:
@@ -308,7 +308,7 @@ class S3Witness:
         elif head not in kept or len(set(kept)) > 1:
             raise _conflict(head)
 
-    def _put(self, request: dict[str, Any], key: str) -> bool:
+    def _put(self, request: dict[str, Any]) -> bool:
         """Whether it was kept now; not where it is there already, or the server knows no conditions."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 

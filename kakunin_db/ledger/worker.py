@@ -213,11 +213,6 @@ class Worker:
         self._retry = 0.0
         self._not_before = 0.0
 
-    @property
-    def waker(self) -> socket.socket:
-        """A socket for ``signal.set_wakeup_fd()``: what is written to it ends a wait."""
-        return self._waker
-
     def stop(self) -> None:
         """Ends :meth:`run` after the step under way; for a signal handler or another thread to call."""
         self._stopping = True

@@ -405,7 +405,7 @@ def openapi() -> dict[str, Any]:
                 },
                 **{
                     str(status): {
-                        "description": _ALWAYS[status],
+                        "description": _ALWAYS[status] + (route.unavailable if status == 503 else ""),
                         "content": {"application/json": {"schema": names[m.Problem, "serialization"]}},
                     }
                     for status in sorted(_statuses(route))

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from .. import results
+from ..client.operations import NoAuthorityError
 from ..errors import BadInputError, UnknownCertificateError
 from ..jsonb import loads
 from ..middleware.core import permits
@@ -94,7 +95,8 @@ MEDIA_TYPES: Final[dict[str, str]] = {
 class Route:
     """``scope`` is None for a public route. ``asked`` is the content's model, or the query's for a GET;
     ``answer`` the model of ``data``, with ``page`` of a list of it. ``problems`` are statuses beyond those
-    of every route like it. What is ``urgent`` waits for nothing else of its key."""
+    of every route like it, and ``unavailable`` what a 503 may say here besides. What is ``urgent`` waits
+    for nothing else of its key."""
 
     method: str
     path: str
@@ -109,6 +111,7 @@ class Route:
     roles: tuple[Role, ...] = ("auditor",)
     urgent: bool = False
     problems: tuple[int, ...] = ()
+    unavailable: str = ""
 
 
 ROUTES: list[Route] = []
@@ -273,6 +276,7 @@ def _status(status: str | None) -> m.CertificateStatus | None:
 @route(
     "POST", "/v1/agents/{agent_id}/certify", scope="agents:certify", asked=m.Certify, answer=m.Certificate,
     status=201, roles=("registrar", "auditor"), problems=(404, 409, 422),
+    unavailable=", or no authority is trusted: kakunin-db ca init makes one",
 )  # fmt: skip
 async def certify(call: Call) -> Any:
     """Make a key for the agent and a certificate for it."""
@@ -292,7 +296,7 @@ async def certify(call: Call) -> Any:
         actions = found.metadata.get("scopes", [])
     if not (isinstance(actions, list) and all(isinstance(action, str) for action in actions)):
         raise ProblemError(422, "metadata.scopes is not a list of texts")
-    refused = [a for a in actions if "*" not in settings.permits and not _covered(a, settings.permits)]
+    refused = [a for a in actions if "*" not in settings.permits and not permits(settings.permits, a)]
     if refused:
         raise ProblemError(
             422,
@@ -306,19 +310,19 @@ async def certify(call: Call) -> Any:
             hint="Revoke that, or have an operator renew it with kakunin-db agent rotate.",
         )
     scope = found.financial_scope if asked.financialScope is None else asked.financialScope.limits()
-    certificate = await call.backend.client("registrar").agents.certify(
-        agent, permitted_actions=actions, financial_scope=scope, lifetime=settings.lifetime
-    )
+    try:
+        certificate = await call.backend.client("registrar").agents.certify(
+            agent, permitted_actions=actions, financial_scope=scope, lifetime=settings.lifetime
+        )
+    except NoAuthorityError as error:
+        # Not 409, by which the SDK says that an agent is certified already. It shows the message alone.
+        raise ProblemError(503, f"{error}: kakunin-db ca init makes one", hint=error.hint) from error
     return _certificate(certificate)
 
 
 def _signing(call: Call) -> None:
     if call.backend.settings.keys is None:
         raise ProblemError(403, "this server may not: it has no key store")
-
-
-def _covered(action: str, permitted: Any) -> bool:
-    return action in permitted or permits(permitted, action)
 
 
 @route(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from .base import ECDSASigner, KeyStore, Signer, check_ec_key, check_rsa_key, subject_key_id
 from .kms import KMSECDSASigner, KMSKeys, KMSSigner
 from .local import LocalECDSASigner, LocalKeys, LocalSigner
-from .pkcs11 import PKCS11Keys, PKCS11Signer, TokenName
+from .pkcs11 import PKCS11ECDSASigner, PKCS11Keys, PKCS11Signer, TokenName
 from .uri import open_jwt_signer, open_keys, open_signer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "LocalECDSASigner",
     "LocalKeys",
     "LocalSigner",
+    "PKCS11ECDSASigner",
     "PKCS11Keys",
     "PKCS11Signer",
     "Signer",

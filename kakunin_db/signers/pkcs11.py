@@ -10,10 +10,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from urllib.parse import quote
 
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 
 from ..errors import BadInputError, SignerError, SignerUnavailableError
 from .base import Signer, check_digest, check_rsa_key, check_signature, subject_key_id
@@ -21,6 +23,8 @@ from .base import Signer, check_digest, check_rsa_key, check_signature, subject_
 # DER of DigestInfo up to the digest (RFC 8017, 9.2). The mechanism RSA_PKCS pads and signs it, and does not
 # hash.
 _SHA256_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
+# DER of the curve's name (RFC 5480, 2.1.1.1).
+_P256 = bytes.fromhex("06082a8648ce3d030107")
 
 # A session, or what was known through it, is gone: the token was removed, or something else in this process
 # logged out or finalized the module. It is opened again, once.
@@ -52,6 +56,7 @@ _PIN = {
 }
 
 _Result = TypeVar("_Result")
+_PublicKey = TypeVar("_PublicKey", rsa.RSAPublicKey, ec.EllipticCurvePublicKey)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class _Token:
             message = f"{self} cannot {doing}: {_said(error)}"
             if name in _LATER:
                 raise SignerUnavailableError(message, "Check that it is there, and try again.") from error
-            hint = "Use a token that has RSA and the mechanism RSA_PKCS." if "Mechanism" in name else None
+            hint = "Use a token that has RSA_PKCS, or for P-256 ECDSA." if "Mechanism" in name else None
             raise SignerError(message, hint) from error
 
     def run(self, doing: str, work: Callable[[Any], _Result], *, write: bool = False) -> _Result:
@@ -257,15 +262,13 @@ def _open_token(module: str, name: TokenName | str, pin: str) -> _Token:
     return token
 
 
-class PKCS11Signer:
-    """An RSA key in a PKCS #11 token, found by its label, its id (CKA_ID), or both.
+_Key = TypeVar("_Key", bound="_PKCS11Key[Any]")
 
-    ``module`` is the path of the token's library and ``token`` its label, or a TokenName. One login serves
-    all keys of a token in this process. A session that was lost is opened again; after a fork, too.
 
-    A key that the token would give out is refused, and every signature is verified before it is returned.
-    Raises SignerError when the key cannot sign, and of those SignerUnavailableError when it may later.
-    """
+class _PKCS11Key(Generic[_PublicKey]):
+    _KIND: ClassVar[str]  # of pkcs11.KeyType
+    _CALLED: ClassVar[str]
+    _MAKE_ONE: ClassVar[str]
 
     def __init__(
         self,
@@ -281,28 +284,23 @@ class PKCS11Signer:
         self._init(_open_token(module, token, pin), label, id)
 
     @classmethod
-    def _in(cls, token: _Token, id: bytes) -> PKCS11Signer:
+    def _in(cls: type[_Key], token: _Token, label: str | None, id: bytes | None) -> _Key:
         signer = cls.__new__(cls)
-        signer._init(token, None, id)
+        signer._init(token, label, id)
         return signer
 
     def _init(self, token: _Token, label: str | None, id: bytes | None) -> None:
         self._token, self._label, self._id = token, label, id
-        self._public_key: rsa.RSAPublicKey | None = None
+        self._public_key: _PublicKey | None = None
         self._found: tuple[Any, Any] | None = None
         token.run(f"find {self.key_id}", self._private_key)
 
     @property
     def key_id(self) -> str:
         """A PKCS #11 URI (RFC 7512) without the module and the PIN."""
-        parts = [f"token={quote(self._token.name.label or '')}"]
-        if self._label:
-            parts.append(f"object={quote(self._label)}")
-        if self._id:
-            parts.append("id=" + "".join(f"%{byte:02x}" for byte in self._id))
-        return "pkcs11:" + ";".join(parts)
+        return _key_id(self._token, self._label, self._id)
 
-    def public_key(self) -> rsa.RSAPublicKey:
+    def public_key(self) -> _PublicKey:
         assert self._public_key is not None  # noqa: S101  (set when the key was found)
         return self._public_key
 
@@ -315,36 +313,108 @@ class PKCS11Signer:
     def _look_for_it(self, session: Any) -> Any:
         pkcs11 = _pkcs11()
         attribute = pkcs11.Attribute
-        wanted = {attribute.CLASS: pkcs11.ObjectClass.PRIVATE_KEY}
-        if self._label:
-            wanted[attribute.LABEL] = self._label
-        if self._id:
-            wanted[attribute.ID] = self._id
-        _check_alive(session)
-        found = list(session.get_objects(wanted))
-        if len(found) != 1:
-            raise SignerError(
-                f"{self._token} has {len(found) or 'no'} private keys {self.key_id}",
-                "Name one key: its label and id are in"
-                f" pkcs11-tool --module {self._token.module} --login --list-objects --type privkey",
-            )
-        key = found[0]
-        if key[attribute.KEY_TYPE] is not pkcs11.KeyType.RSA or not key[attribute.SIGN]:
-            raise SignerError(
-                f"{self.key_id} is not an RSA key for signing", "Make one with PKCS11Keys.create()."
-            )
+        key = _one_private_key(self._token, session, self._label, self._id)
+        if key[attribute.KEY_TYPE] is not pkcs11.KeyType[self._KIND] or not key[attribute.SIGN]:
+            raise SignerError(f"{self.key_id} is not {self._CALLED} key for signing", self._MAKE_ONE)
         if key[attribute.EXTRACTABLE] or not key[attribute.SENSITIVE]:
             raise SignerError(
                 f"{self.key_id} can leave the token: it is extractable or not sensitive",
-                "Make one that cannot, with PKCS11Keys.create().",
+                f"Make one that cannot. {self._MAKE_ONE}",
             )
-        public_key = self._public_half(session, key)
+        try:
+            public_key = self._public_half(session, key)
+        except ValueError as error:
+            raise SignerError(f"{self.key_id} has no usable public key: {error}", self._MAKE_ONE) from error
         if self._public_key is not None and public_key != self._public_key:
             raise SignerError(
                 f"{self.key_id} is another key than it was", "Certify the agent with the new one."
             )
         self._public_key = public_key
         return key
+
+    def _public_half(self, session: Any, key: Any) -> _PublicKey:
+        """Raises ValueError where there is none, or no signature of it could be verified."""
+        raise NotImplementedError
+
+    def _signed(self, key: Any, digest: bytes, pin: str | None) -> bytes:
+        raise NotImplementedError
+
+    def _check(self, signature: bytes, digest: bytes, wrong: SignerError) -> None:
+        raise NotImplementedError
+
+    def sign(self, digest: bytes) -> bytes:
+        check_digest(digest)
+        always = _pkcs11().Attribute.ALWAYS_AUTHENTICATE
+
+        def work(session: Any) -> bytes:
+            key = self._private_key(session)
+            return self._signed(key, digest, self._token.pin if key[always] else None)
+
+        signature = self._token.run(f"sign with {self.key_id}", work)
+        wrong = SignerError(
+            f"the signature from {self._token} is not by the key that {self.key_id} was",
+            "Open the signer again; if it stays so, the token is defective.",
+        )
+        self._check(signature, digest, wrong)
+        return signature
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.key_id}>"
+
+
+def _key_id(token: _Token, label: str | None, id: bytes | None) -> str:
+    parts = [f"token={quote(token.name.label or '')}"]
+    if label:
+        parts.append(f"object={quote(label)}")
+    if id:
+        parts.append("id=" + "".join(f"%{byte:02x}" for byte in id))
+    return "pkcs11:" + ";".join(parts)
+
+
+def _one_private_key(token: _Token, session: Any, label: str | None, id: bytes | None) -> Any:
+    pkcs11 = _pkcs11()
+    attribute = pkcs11.Attribute
+    wanted = {attribute.CLASS: pkcs11.ObjectClass.PRIVATE_KEY}
+    if label:
+        wanted[attribute.LABEL] = label
+    if id:
+        wanted[attribute.ID] = id
+    _check_alive(session)
+    found = list(session.get_objects(wanted))
+    if len(found) != 1:
+        raise SignerError(
+            f"{token} has {len(found) or 'no'} private keys {_key_id(token, label, id)}",
+            "Name one key: its label and id are in"
+            f" pkcs11-tool --module {token.module} --login --list-objects --type privkey",
+        )
+    return found[0]
+
+
+def _of_public_key(session: Any, key: Any, name: str) -> Any:
+    """An attribute of the public key that has the private one's id, or None."""
+    pkcs11 = _pkcs11()
+    attribute = pkcs11.Attribute
+    wanted = {
+        attribute.CLASS: pkcs11.ObjectClass.PUBLIC_KEY,
+        attribute.KEY_TYPE: key[attribute.KEY_TYPE],
+        attribute.ID: key[attribute.ID],
+    }
+    return next((found[attribute[name]] for found in list(session.get_objects(wanted))), None)
+
+
+class PKCS11Signer(_PKCS11Key[rsa.RSAPublicKey]):
+    """An RSA key in a PKCS #11 token, found by its label, its id (CKA_ID), or both.
+
+    ``module`` is the path of the token's library and ``token`` its label, or a TokenName. One login serves
+    all keys of a token in this process. A session that was lost is opened again; after a fork, too.
+
+    A key that the token would give out is refused, and every signature is verified before it is returned.
+    Raises SignerError when the key cannot sign, and of those SignerUnavailableError when it may later.
+    """
+
+    _KIND = "RSA"
+    _CALLED = "an RSA"
+    _MAKE_ONE = "PKCS11Keys.create() makes one."
 
     def _public_half(self, session: Any, key: Any) -> rsa.RSAPublicKey:
         pkcs11 = _pkcs11()
@@ -353,39 +423,67 @@ class PKCS11Signer:
             exponent = key[attribute.PUBLIC_EXPONENT]
         except pkcs11.AttributeTypeInvalid:  # which a private key need not have
             exponent = b""
-        if not exponent:
-            wanted = {attribute.CLASS: pkcs11.ObjectClass.PUBLIC_KEY, attribute.ID: key[attribute.ID]}
-            exponent = next((k[attribute.PUBLIC_EXPONENT] for k in list(session.get_objects(wanted))), b"")
-        try:
-            modulus = int.from_bytes(key[attribute.MODULUS], "big")
-            public_key = rsa.RSAPublicNumbers(int.from_bytes(exponent, "big"), modulus).public_key()
-            check_rsa_key(public_key)
-        except ValueError as error:
-            raise SignerError(
-                f"{self.key_id} has no usable public key: {error}", "Make one with PKCS11Keys.create()."
-            ) from error
+        exponent = exponent or _of_public_key(session, key, "PUBLIC_EXPONENT") or b""
+        modulus = int.from_bytes(key[attribute.MODULUS], "big")
+        public_key = rsa.RSAPublicNumbers(int.from_bytes(exponent, "big"), modulus).public_key()
+        check_rsa_key(public_key)
         return public_key
 
-    def sign(self, digest: bytes) -> bytes:
-        check_digest(digest)
-        pkcs11 = _pkcs11()
+    def _signed(self, key: Any, digest: bytes, pin: str | None) -> bytes:
+        signed: bytes = key.sign(_SHA256_INFO + digest, mechanism=_pkcs11().Mechanism.RSA_PKCS, pin=pin)
+        return signed
 
-        def work(session: Any) -> bytes:
-            key = self._private_key(session)
-            pin = self._token.pin if key[pkcs11.Attribute.ALWAYS_AUTHENTICATE] else None
-            signature: bytes = key.sign(_SHA256_INFO + digest, mechanism=pkcs11.Mechanism.RSA_PKCS, pin=pin)
-            return signature
-
-        signature = self._token.run(f"sign with {self.key_id}", work)
-        wrong = SignerError(
-            f"the signature from {self._token} is not by the key that {self.key_id} was",
-            "Open the signer again; if it stays so, the token is defective.",
-        )
+    def _check(self, signature: bytes, digest: bytes, wrong: SignerError) -> None:
         check_signature(self.public_key(), signature, digest, wrong)
-        return signature
 
-    def __repr__(self) -> str:
-        return f"<PKCS11Signer {self.key_id}>"
+
+class PKCS11ECDSASigner(_PKCS11Key[ec.EllipticCurvePublicKey]):
+    """A P-256 key in a PKCS #11 token, for JWTs (ES256); otherwise as :class:`PKCS11Signer`. The token has
+    its public key, too, with the same id."""
+
+    _KIND = "EC"
+    _CALLED = "an elliptic-curve"
+    _MAKE_ONE = "pkcs11-tool --keypairgen --key-type EC:prime256v1 --usage-sign --sensitive makes one."
+
+    def _public_half(self, session: Any, key: Any) -> ec.EllipticCurvePublicKey:
+        if key[_pkcs11().Attribute.EC_PARAMS] != _P256:
+            raise BadInputError("its curve is not P-256")
+        point = _of_public_key(session, key, "EC_POINT")
+        if point is None:
+            raise BadInputError("the token has none with its id")
+        # The point (SEC 1 section 2.3.3) in a DER OCTET STRING, as PKCS #11 v3.1 section 6.3.3 has it; some
+        # tokens give it bare, 33 or 65 bytes.
+        bare = point[2:] if len(point) in (35, 67) else point
+        return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), bare)
+
+    def _signed(self, key: Any, digest: bytes, pin: str | None) -> bytes:
+        signed: bytes = key.sign(digest, mechanism=_pkcs11().Mechanism.ECDSA, pin=pin)  # r and s
+        return signed
+
+    def _check(self, signature: bytes, digest: bytes, wrong: SignerError) -> None:
+        if len(signature) != 64:
+            raise wrong
+        r, s = (int.from_bytes(half, "big") for half in (signature[:32], signature[32:]))
+        try:
+            self.public_key().verify(
+                utils.encode_dss_signature(r, s), digest, ec.ECDSA(utils.Prehashed(hashes.SHA256()))
+            )
+        except InvalidSignature as error:
+            raise wrong from error
+
+
+def open_pkcs11_jwt_signer(
+    module: str, token: TokenName | str, pin: str, *, label: str | None = None, id: bytes | None = None
+) -> PKCS11Signer | PKCS11ECDSASigner:
+    """The key as the signer of its kind, which the token is asked for. Raises SignerError."""
+    opened, pkcs11 = _open_token(module, token, pin), _pkcs11()
+    kind = opened.run(
+        f"find {_key_id(opened, label, id)}",
+        lambda session: _one_private_key(opened, session, label, id)[pkcs11.Attribute.KEY_TYPE],
+    )
+    cls: type[PKCS11Signer | PKCS11ECDSASigner]
+    cls = PKCS11ECDSASigner if kind is pkcs11.KeyType.EC else PKCS11Signer
+    return cls._in(opened, label, id)
 
 
 class PKCS11Keys:
@@ -434,11 +532,13 @@ class PKCS11Keys:
                 raise
             return id
 
-        return PKCS11Signer._in(self._token, self._token.run(f"make a key for {label!r}", work, write=True))
+        return PKCS11Signer._in(
+            self._token, None, self._token.run(f"make a key for {label!r}", work, write=True)
+        )
 
     def open(self, public_key: rsa.RSAPublicKey) -> PKCS11Signer:
         """Raises SignerError when the token has no such key, or one that it would give out."""
-        signer = PKCS11Signer._in(self._token, bytes.fromhex(subject_key_id(public_key)))
+        signer = PKCS11Signer._in(self._token, None, bytes.fromhex(subject_key_id(public_key)))
         if signer.public_key() != public_key:
             raise SignerError(f"{signer.key_id} is another key than its id says", "Correct its CKA_ID.")
         return signer

@@ -12,7 +12,7 @@ from ..errors import BadInputError
 from .base import ECDSASigner, KeyStore, Signer
 from .kms import KMSKeys, KMSSigner, open_kms_jwt_signer
 from .local import LocalKeys, load_jwt_signer, load_signer
-from .pkcs11 import PKCS11Keys, PKCS11Signer, TokenName
+from .pkcs11 import PKCS11Keys, PKCS11Signer, TokenName, open_pkcs11_jwt_signer
 
 _SIGNERS = (
     "file:/path/key.pem (password in KAKUNIN_KEY_PASSWORD),"
@@ -42,27 +42,20 @@ def open_signer(uri: str, *, password: bytes | None = None) -> Signer:
     if scheme == "awskms":
         key, region, endpoint = _kms_key(rest)
         return KMSSigner(key, region=region, endpoint_url=endpoint)
-    module, token, pin, key_name = _token(rest, _SIGNERS, {"object", "id", "type"})
-    if unquote(key_name.get("type", "private")) != "private" or not key_name.keys() & {"object", "id"}:
-        raise BadInputError("a pkcs11: URI names a private key by object=, id= or both", f"Give {_SIGNERS}.")
-    return PKCS11Signer(
-        module,
-        token,
-        pin,
-        label=unquote(key_name["object"]) if "object" in key_name else None,
-        id=unquote_to_bytes(key_name["id"]) if "id" in key_name else None,
-    )
+    module, token, pin, label, id = _token_key(rest)
+    return PKCS11Signer(module, token, pin, label=label, id=id)
 
 
 def open_jwt_signer(uri: str) -> Signer | ECDSASigner:
-    """As :func:`open_signer`, for signing JWTs: the key in the file or in AWS KMS may also be a P-256 one."""
+    """As :func:`open_signer`, for signing JWTs: the key may also be a P-256 one."""
     scheme, rest = _split(uri, _SIGNERS)
     if scheme == "file":
         return load_jwt_signer(_path(rest, _SIGNERS), _password(None))
     if scheme == "awskms":
         key, region, endpoint = _kms_key(rest)
         return open_kms_jwt_signer(key, region=region, endpoint_url=endpoint)
-    return open_signer(uri)
+    module, token, pin, label, id = _token_key(rest)
+    return open_pkcs11_jwt_signer(module, token, pin, label=label, id=id)
 
 
 def open_keys(uri: str, *, password: bytes | None = None) -> KeyStore:
@@ -143,6 +136,15 @@ def _endpoint(options: dict[str, str]) -> str | None:
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise BadInputError("endpoint= is an http or https URL without a user")
     return endpoint
+
+
+def _token_key(rest: str) -> tuple[str, TokenName, str, str | None, bytes | None]:
+    """The module, the token, the PIN, and the key's label and id."""
+    module, token, pin, key = _token(rest, _SIGNERS, {"object", "id", "type"})
+    if unquote(key.get("type", "private")) != "private" or not key.keys() & {"object", "id"}:
+        raise BadInputError("a pkcs11: URI names a private key by object=, id= or both", f"Give {_SIGNERS}.")
+    label = unquote(key["object"]) if "object" in key else None
+    return module, token, pin, label, unquote_to_bytes(key["id"]) if "id" in key else None
 
 
 def _token(rest: str, forms: str, more: set[str]) -> tuple[str, TokenName, str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Identity, sessions and policies.
+"""The kit: all of `sql/` but what only a superuser installs.
 
 The SQL is beside this file, frozen: 0001_session.up.sql and .down.sql.
 """

@@ -88,7 +88,7 @@ begin
 end
 $$;
 comment on function kakunin.installation_id() is
-  'This installation''s id. Assertions name it as their audience: kakunin:<installation id>';
+  'This installation''s id. Assertions name it as their audience: kakunin:<installation id>. For all the kit''s roles';
 
 -- Everything that asks for the time asks here, so that a test can move the clock by replacing one
 -- function instead of sleeping. It is the wall clock, not the transaction's start: a certificate must
@@ -142,34 +142,14 @@ comment on function kakunin_private.check_replica() is 'KA012 on a standby that 
 --
 -- Core has sha256() and arbitrary-precision numeric, and that is enough for what the kit checks:
 --
---   HMAC-SHA256 (RFC 2104)            session tickets and bindings
 --   base64url (RFC 4648 section 5)    the three parts of a JWT
---   RSASSA-PKCS1-v1_5 with SHA-256    (RFC 8017 section 8.2.2) assertions, later certificates and tree heads
+--   RSASSA-PKCS1-v1_5 with SHA-256    (RFC 8017 section 8.2.2) assertions, certificates and tree heads
+--
+-- The HMAC of session tickets and bindings is kakunin_private.session_mac(), in 40_session.sql.
 --
 -- Verification only ever uses public values, so it needs no constant-time arithmetic. The encoded
 -- message is built from the digest and compared whole, as a number; the padding a signature carries is
 -- never parsed. Parsing it is how forgeries with e = 3 and garbage after the hash were possible.
-
-create function kakunin_private.hmac_sha256(p_key bytea, p_message bytea) returns bytea
-language plpgsql immutable strict parallel safe
-as $$
-declare
-  v_key   bytea := case when length(p_key) > 64 then sha256(p_key) else p_key end;
-  v_inner bytea;
-  v_outer bytea;
-begin
-  v_key := v_key || decode(repeat('00', 64 - length(v_key)), 'hex');
-  v_inner := v_key;
-  v_outer := v_key;
-  for i in 0..63 loop
-    v_inner := set_byte(v_inner, i, get_byte(v_key, i) # 54);  -- ipad, 0x36
-    v_outer := set_byte(v_outer, i, get_byte(v_key, i) # 92);  -- opad, 0x5c
-  end loop;
-  return sha256(v_outer || sha256(v_inner || p_message));
-end
-$$;
-comment on function kakunin_private.hmac_sha256(bytea, bytea) is
-  'HMAC-SHA256 (RFC 2104). The session hot path uses stored pads instead: see session_keys';
 
 create function kakunin_private.base64url_encode(p_bytes bytea) returns text
 language sql immutable strict parallel safe
@@ -561,7 +541,7 @@ comment on function kakunin_private.der_time(bytea, text) is 'A Time of RFC 5280
 --   .2  model             SEQUENCE { model, modelHash }           UTF8String each; sha256:<64 hex digits>
 --   .3  permittedActions  SEQUENCE OF UTF8String                  orders:read, orders:*
 --   .4  tenant            UTF8String
---   .5  financialScope    UTF8String                              a JSON object
+--   .5  financialScope    UTF8String                              a JSON object, limits() its members
 --
 -- A key id is the subject key identifier (section 4.2.1.2) that a CA's certificate carries and what it signs
 -- names, in the text form serials have.
@@ -892,7 +872,7 @@ begin
 end
 $$;
 comment on function kakunin.normalize_serial(text) is
-  'The canonical form of a certificate serial, 3A:F2:91:CC, from any common hexadecimal form; KA010 for anything else';
+  'The canonical form of a certificate serial, 3A:F2:91:CC, from any common hexadecimal form; KA010 for anything else. For all the kit''s roles';
 
 create table kakunin_private.agents (
   agent_id         uuid primary key default gen_random_uuid(),
@@ -1022,7 +1002,8 @@ begin
   if not kakunin_private.snapshot_is_fresh() then
     raise exception using errcode = 'KA010',
       message = format('%s is for READ COMMITTED transactions: in this one (%s) it might miss what was decided since it began',
-        p_what, current_setting('transaction_isolation'));
+        p_what, current_setting('transaction_isolation')),
+      hint = 'Begin the transaction READ COMMITTED.';
   end if;
 end
 $$;
@@ -1038,10 +1019,7 @@ end;
 comment on function kakunin_private.is_reinstated_since(uuid) is
   'Whether the agent was reinstated after this transaction took its snapshot';
 
--- The one definition of "this certificate may be used now"; bind and every statement's check share it.
--- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5). A snapshot
--- taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
--- Plain columns, not row types, so that the planner can inline it.
+-- A snapshot taken before a revocation that lies ahead was written shows none, and cannot tell when it comes: refused.
 create function kakunin_private.is_stopped_since(p_serial text, p_revoked_at timestamptz, p_agent_id uuid) returns boolean
 language plpgsql stable parallel safe
 as $$
@@ -1056,6 +1034,9 @@ $$;
 comment on function kakunin_private.is_stopped_since(text, timestamptz, uuid) is
   'Whether certificate or agent was stopped, or the agent reinstated, after this transaction took its snapshot. Apart from is_usable() because whatever is inlined there costs every statement, and few transactions keep their snapshot';
 
+-- The one definition of "this certificate may be used now"; bind and every statement's check share it.
+-- notAfter is the last moment of validity, not the first one after it (RFC 5280 section 4.1.2.5).
+-- Plain columns, not row types, so that the planner can inline it.
 create function kakunin_private.is_usable(
   p_serial text, p_revoked_at timestamptz, p_not_before timestamptz, p_not_after timestamptz,
   p_agent_id uuid, p_suspended_at timestamptz
@@ -1287,7 +1268,8 @@ declare
   v_agent_id uuid;
 begin
   if create_agent.model is null and create_agent.model_hash is not null then
-    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named',
+      hint = 'Give the model with it.';
   end if;
   insert into kakunin_private.agents (name, tenant, model, model_version, model_hash)
   values (
@@ -1322,7 +1304,8 @@ begin
   perform kakunin_private.lock_agent(update_agent.agent_id);
   if v_hash is not null and update_agent.model is null
     and exists (select from kakunin_private.agents a where a.agent_id = update_agent.agent_id and a.model is null) then
-    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named';
+    raise exception using errcode = 'KA010', message = 'a model hash is that of a model, and none is named',
+      hint = 'Give the model with it.';
   end if;
   update kakunin_private.agents a
      set name = coalesce(kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200), a.name),
@@ -1371,17 +1354,46 @@ comment on function kakunin_private.lock_agent(uuid) is
 
 -- Certificates ---------------------------------------------------------------------------------------
 
+create function kakunin_private.limits() returns text[]
+language sql immutable parallel safe
+return '{max_single_trade_usd,daily_limit_usd,leverage_permitted,max_leverage_ratio,permitted_venues,permitted_instruments}'::text[];
+comment on function kakunin_private.limits() is 'What a financial scope may have: the members that violations() enforces';
+
+create function kakunin_private.unknown_limits(p_scope jsonb) returns text
+language sql immutable parallel safe
+return (
+  select left(string_agg(to_jsonb(k)::text, ', ' order by k collate "C"), 300)
+    from jsonb_object_keys(p_scope - kakunin_private.limits()) k);
+comment on function kakunin_private.unknown_limits(jsonb) is 'The names in a financial scope that limit nothing, for a message; NULL when there are none';
+
+-- A limit that is misspelt would be none. Asked where a scope comes in, and not by a constraint: rows that are there stay
+-- loadable from a dump, and violations() lets them permit nothing.
+create function kakunin_private.check_financial_scope(p_scope jsonb) returns jsonb
+language plpgsql immutable parallel safe
+as $$
+declare
+  c_what    constant text := 'the financial scope';
+  v_unknown text;
+begin
+  if jsonb_typeof(p_scope) <> 'object' then
+    perform kakunin_private.refuse(c_what, 'it is not a JSON object');
+  end if;
+  v_unknown := kakunin_private.unknown_limits(p_scope);
+  if v_unknown is not null then
+    perform kakunin_private.refuse(c_what, 'nothing enforces ' || v_unknown,
+      format('It may have %s.', array_to_string(kakunin_private.limits(), ', ')));
+  end if;
+  return p_scope;
+end
+$$;
+comment on function kakunin_private.check_financial_scope(jsonb) is
+  'The scope, or KA010 when it is no object or has a member that nothing enforces; NULL for NULL';
+
 create function kakunin_private.financial_scope(p_element bytea) returns jsonb
 language plpgsql immutable parallel unsafe
 as $$
-declare
-  v_scope jsonb;
 begin
-  v_scope := kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb;
-  if jsonb_typeof(v_scope) <> 'object' then
-    perform kakunin_private.refuse('the financial scope', 'it is not a JSON object');
-  end if;
-  return v_scope;
+  return kakunin_private.check_financial_scope(kakunin_private.der_utf8(p_element, 'the financial scope')::jsonb);
 exception
   -- no JSON, a number or a text jsonb cannot hold, nested too deep; an escape that 15 cannot convert to this encoding
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range or program_limit_exceeded
@@ -1390,7 +1402,7 @@ exception
     return null;
 end
 $$;
-comment on function kakunin_private.financial_scope(bytea) is 'The JSON object of extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
+comment on function kakunin_private.financial_scope(bytea) is 'The financial scope in extension 1.3.6.1.4.1.61411.1.5; KA010 for anything else';
 
 create function kakunin.register_certificate(der bytea, overlap interval default null) returns text
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -1742,7 +1754,7 @@ comment on function kakunin_private.key_is_good(text, timestamptz) is 'Whether w
 create function kakunin_private.session_mac(p_inner bytea, p_outer bytea, p_message text) returns text
 language sql stable strict parallel safe
 return encode(sha256(p_outer || sha256(p_inner || convert_to(p_message, 'UTF8'))), 'hex');
-comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 in hexadecimal, from the stored pads';
+comment on function kakunin_private.session_mac(bytea, bytea, text) is 'HMAC-SHA256 (RFC 2104) in hexadecimal, from the pads that session_keys keeps';
 
 -- The login and the database come first, and quoted: neither a name with a bar in it nor what
 -- a caller puts into the rest can make one message read as another. One concat_ws() for all, because every
@@ -2037,7 +2049,7 @@ begin
 end
 $$;
 comment on function kakunin.current_cert_serial() is
-  'The serial bound to this session if its certificate may be used now, otherwise NULL. In a policy write (select kakunin.current_cert_serial()), which runs once a statement';
+  'The serial bound to this session if its certificate may be used now, otherwise NULL. In a policy write (select kakunin.current_cert_serial()), which runs once a statement. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.current_agent_id() returns uuid
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -2085,7 +2097,7 @@ begin
 end
 $$;
 comment on function kakunin.require_session() is
-  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003, KA008 or KA012';
+  'current_cert_serial(), but where that is NULL the named error says why: KA004, KA001, KA002, KA003, KA008 or KA012. For kakunin_agent and kakunin_gateway';
 
 create function kakunin.require_scope(scope text) returns boolean
 language plpgsql volatile parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -2102,7 +2114,7 @@ begin
 end
 $$;
 comment on function kakunin.require_scope(text) is
-  'True where has_scope() is; otherwise raises KA005, or what require_session() raises. For policies that refuse aloud';
+  'True where has_scope() is; otherwise raises KA005, or what require_session() raises. For policies that refuse aloud. For kakunin_agent and kakunin_gateway';
 
 -- Making a binding ----------------------------------------------------------------------------------
 
@@ -2245,7 +2257,7 @@ begin
 end
 $$;
 comment on function kakunin.bind_session(text, boolean) is
-  'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only';
+  'Binds this transaction (or, not local, this session until the ticket expires) to the ticket''s certificate and returns its serial. Pass the ticket as a bound parameter only. For kakunin_agent and kakunin_gateway';
 
 create function kakunin_private.bind_transaction(p_serial text) returns text
 language plpgsql volatile parallel unsafe
@@ -2295,7 +2307,7 @@ begin
   end if;
 end
 $$;
-comment on function kakunin.unbind_session() is 'Takes the binding off this session and this transaction';
+comment on function kakunin.unbind_session() is 'Takes the binding off this session and this transaction. For kakunin_agent and kakunin_gateway';
 
 -- Opening a session ---------------------------------------------------------------------------------
 
@@ -2451,7 +2463,7 @@ begin
 end
 $$;
 comment on function kakunin.open_session(text) is
-  'Exchanges an assertion signed by the agent''s key (RFC 7523) for a ticket of at most 300 seconds. Pass it as a bound parameter';
+  'Exchanges an assertion signed by the agent''s key (RFC 7523) for a ticket of at most 300 seconds. Pass it as a bound parameter. For kakunin_agent and kakunin_gateway';
 
 -- Revocation: taking an agent's access away, and telling the world.
 --
@@ -2557,11 +2569,11 @@ create function kakunin.suspend_agent(agent_id uuid, reason text) returns void
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform kakunin_private.check_text('a reason', suspend_agent.reason, 1000);
   perform kakunin_private.lock_agent(suspend_agent.agent_id);
   update kakunin_private.agents a
      set suspended_at = coalesce(a.suspended_at, kakunin_private.clock()),
-         suspended_reason = coalesce(
-           a.suspended_reason, kakunin_private.check_text('a reason', suspend_agent.reason, 1000))
+         suspended_reason = coalesce(a.suspended_reason, suspend_agent.reason)
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
   perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
@@ -2747,7 +2759,8 @@ declare
 begin
   select * into v_halt from kakunin_private.halts h where h.halt_id = sign_halt.halt_id for update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no halt %s', coalesce(sign_halt.halt_id::text, 'given')),
+      hint = 'kakunin.halts shows them.';
   end if;
   select a.public_key_modulus into v_modulus from kakunin_private.authorities a
    where a.key_id = sign_halt.key_id collate "C" and a.distrusted_at is null;
@@ -2971,6 +2984,7 @@ comment on view kakunin.crls is 'The newest revocation list of each authority, D
 --
 --   401  the header X-Kakunin-Cert-Serial does not name the certificate that the token names
 --   403  the token's certificate may not be used now; the error's code is the KA... that says why
+--   503  a standby is too far behind the primary to tell (KA012)
 --
 -- Requests without the claim and without the header are none of its business and pass.
 --
@@ -3073,7 +3087,7 @@ begin
 end
 $$;
 comment on function kakunin.pre_request() is
-  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 503 on a standby that is too far behind, 401 for a header that is not the claim''s';
+  'For PostgREST''s db-pre-request: binds the request to the token''s certificate; 403 where that may not be used now, 503 on a standby that is too far behind, 401 for a header that is not the claim''s. For kakunin_agent and kakunin_gateway';
 
 -- Policies: putting row-level security on a table of yours.
 --
@@ -3950,8 +3964,20 @@ insert into kakunin_private.risk_settings default values;
 comment on table kakunin_private.risk_settings is 'How events are scored and what follows. Changed by kakunin.set_risk()';
 comment on column kakunin_private.risk_settings.mode is 'observe: scores are worked out and alerts recorded, but nobody is revoked and nothing refused';
 comment on column kakunin_private.risk_settings.base is 'The base score of each event type; "other" is for those not named';
+comment on column kakunin_private.risk_settings.medium is 'The score an agent''s band is medium from';
+comment on column kakunin_private.risk_settings.high is 'The score its band is high from';
+comment on column kakunin_private.risk_settings.critical is 'The score it is revoked from, its own or that of what is certain of one event';
+comment on column kakunin_private.risk_settings.half_life is 'How long it takes an attempt to count half as much';
+comment on column kakunin_private.risk_settings.soft_limit is 'The score that what is unusual takes an agent to at most, drift included';
 comment on column kakunin_private.risk_settings.violation is 'The hard score of an event outside the certificate''s financial scope';
 comment on column kakunin_private.risk_settings.gross is 'The hard score of one gross_ratio times over a limit, or more';
+comment on column kakunin_private.risk_settings.gross_ratio is 'How many times over a limit is gross';
+comment on column kakunin_private.risk_settings.rate_weight is 'The most of the factor rate: more events than at this time of the day before';
+comment on column kakunin_private.risk_settings.amount_weight is 'The most of the factor amount_deviation';
+comment on column kakunin_private.risk_settings.rows_weight is 'The most of the factor rows';
+comment on column kakunin_private.risk_settings.novelty_weight is 'The most of the factor novelty: a venue, tool or table that the agent never named';
+comment on column kakunin_private.risk_settings.malformed_weight is 'The most of the factor malformed_metadata';
+comment on column kakunin_private.risk_settings.drift_weight is 'The score that drift takes an agent to at most';
 comment on column kakunin_private.risk_settings.rate_floor is 'Events an hour that are not unusual whatever the baseline says';
 comment on column kakunin_private.risk_settings.quiet_floor is 'The same at hours of the day at which the agent does not work';
 comment on column kakunin_private.risk_settings.history_days is 'Days of history before anything is called unusual';
@@ -4076,7 +4102,8 @@ return row(
 comment on function kakunin_private.learned(kakunin_private.baseline, double precision) is
   'What is usual after another value that is so far off';
 
--- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing.
+-- Limits of a certificate's financial scope. A limit that is there and cannot be read permits nothing, nor does one that is not
+-- known: no such certificate is registered, but one may have been.
 create function kakunin_private.violations(
   p_scope jsonb, p_amount numeric, p_spent numeric, p_venue text, p_instrument text, p_leverage numeric
 ) returns table (violation text, ratio double precision, reason text)
@@ -4105,10 +4132,13 @@ begin atomic
           select 'instrument', 1, format('instrument %s is not in permitted_instruments', quote_literal(left(p_instrument, 100)))
            where p_scope ? 'permitted_instruments' and p_instrument is not null
              and not coalesce(jsonb_typeof(p_scope -> 'permitted_instruments') = 'array' and p_scope -> 'permitted_instruments' ? p_instrument, false)
+          union all
+          select 'unknown_limit', 1, format('nothing enforces %s of its financial scope', kakunin_private.unknown_limits(p_scope))
+           where p_scope - kakunin_private.limits() <> '{}' and num_nonnulls(p_amount, p_venue, p_instrument, p_leverage) > 0
          ) l(violation, ratio, reason);
 end;
 comment on function kakunin_private.violations(jsonb, numeric, numeric, text, text, numeric) is
-  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments; ratio is how many times over';
+  'What of this is outside a financial scope: max_single_trade_usd, daily_limit_usd, leverage_permitted, max_leverage_ratio, permitted_venues, permitted_instruments, or all of it where it has another member; ratio is how many times over';
 
 -- Drift: the last 7 days against those 28 to 60 days back, so that what changes slowly is seen against a time before it; with
 -- less than 42 days of history, against all before the 7. By the mix of event types (square root of the Jensen-Shannon divergence, in
@@ -4808,7 +4838,8 @@ begin
   end if;
   select k into v_name from jsonb_object_keys(settings) k where k = 'only_row' or not to_jsonb(v_before) ? k limit 1;
   if found then
-    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64)));
+    raise exception using errcode = 'KA010', message = format('no setting of risk is named %s', quote_literal(left(v_name, 64))),
+      hint = 'set_risk(''{}'') shows them.';
   end if;
   if settings ? 'base' and (
     coalesce(jsonb_typeof(settings -> 'base') <> 'object', true) or not settings -> 'base' ? 'other'
@@ -4950,7 +4981,8 @@ begin
    where r.review_id = review_risk.review_id and r.decided_at is null
   returning r.agent_id into v_agent_id;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no revocation check %s is open', coalesce(review_risk.review_id::text, 'given')),
+      hint = 'kakunin.risk_reviews shows them.';
   end if;
   perform kakunin_private.record('risk.reviewed', v_agent_id, jsonb_build_object('review_id', review_risk.review_id, 'decision', review_risk.decision));
 end
@@ -5196,10 +5228,12 @@ create table kakunin_private.leader (
   worker     uuid,
   name       text,
   since      timestamptz,
+  problem    text,
   expires_at timestamptz not null default '-infinity'
 ) with (fillfactor = 10);
 insert into kakunin_private.leader default values;
 comment on table kakunin_private.leader is 'Which worker leads, and until when unless it says so again';
+comment on column kakunin_private.leader.problem is 'What keeps it from signing or from its witness, as it says';
 
 create table kakunin_private.home (
   only_row          boolean primary key default true check (only_row),
@@ -5649,7 +5683,7 @@ comment on view kakunin.tree_heads is 'Signed tree heads, for whoever keeps them
 
 -- A lease, and no advisory lock, which any login could take. Two that believe they lead do no harm: sealing is one at a
 -- time, and a tree head of a size is stored once.
-create function kakunin.lead_ledger(worker uuid, name text, lease interval default '6 seconds') returns boolean
+create function kakunin.lead_ledger(worker uuid, name text, lease interval default '6 seconds', problem text default null) returns boolean
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -5659,15 +5693,15 @@ begin
     raise exception using errcode = 'KA010', message = 'a worker leads by its id, for 0 seconds to 5 minutes';
   end if;
   update kakunin_private.leader l
-     set worker = lead_ledger.worker, name = left(lead_ledger.name, 200),
+     set worker = lead_ledger.worker, name = left(lead_ledger.name, 200), problem = left(lead_ledger.problem, 1000),
          since = case when l.worker = lead_ledger.worker and l.expires_at >= v_now then l.since else v_now end,
          expires_at = v_now + lead_ledger.lease
    where l.worker = lead_ledger.worker or l.expires_at < v_now;
   return found;
 end
 $$;
-comment on function kakunin.lead_ledger(uuid, text, interval) is
-  'Makes this worker the one that leads, for so long, unless another one does; a lease of 0 gives it up. Returns whether it leads. For kakunin_worker';
+comment on function kakunin.lead_ledger(uuid, text, interval, text) is
+  'Makes this worker the one that leads, for so long, unless another one does; a lease of 0 gives it up. problem is what fails at the moment, for ledger_status(). Returns whether it leads. For kakunin_worker';
 
 create function kakunin.sleep_ledger() returns boolean
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
@@ -5728,6 +5762,7 @@ begin
     'last_signed_at', v_head.published_at,
     'leader', case when v_leader.expires_at >= v_now then v_leader.name end,
     'leader_since', case when v_leader.expires_at >= v_now then v_leader.since end,
+    'problem', case when v_leader.expires_at >= v_now then v_leader.problem end,
     'exported_size', coalesce((select max(e.tree_size) from kakunin_private.exports e), 0),
     'partitions_until', (select max(p.to_at) from kakunin_private.partitions p where p.archived_at is null),
     'in_default_partition', exists (select from kakunin_private.ledger_default),
@@ -5736,7 +5771,7 @@ begin
 end
 $$;
 comment on function kakunin.ledger_status() is
-  'How far sealing and signing are: sizes, lag_entries and lag_seconds (of the oldest entry without a signature), who leads, until when there are partitions. For kakunin_worker, kakunin_operator, kakunin_auditor';
+  'How far sealing and signing are: sizes, lag_entries and lag_seconds (of the oldest entry without a signature), who leads and what fails there, until when there are partitions. For kakunin_worker, kakunin_operator, kakunin_auditor';
 
 -- Another place -----------------------------------------------------------------------------------------
 
@@ -6015,8 +6050,10 @@ create function kakunin.record_read(command text, details jsonb default '{}') re
 language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if record_read.command is null or record_read.command !~ '^[a-z]{1,20}$' or octet_length(record_read.details::text) > 2000 then
-    raise exception using errcode = 'KA010', message = 'a reading is recorded by the name of the command, and 2000 bytes of details at most';
+  if record_read.command is null or record_read.command !~ '^[a-z]{1,20}$' or octet_length(record_read.details::text) > 2000
+    or kakunin_private.is_too_deep(record_read.details) then
+    raise exception using errcode = 'KA010',
+      message = 'a reading is recorded by the name of the command, and 2000 bytes of details at most, nested at most 64 deep';
   end if;
   perform kakunin_private.record('ledger.read', null, jsonb_build_object(
     'command', record_read.command, 'details', coalesce(record_read.details, '{}')));
@@ -6066,7 +6103,8 @@ begin
       hint = 'They are named by their month, such as ledger_202611.';
   end if;
   if v_to > kakunin_private.clock() - interval '1 hour' then
-    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition);
+    raise exception using errcode = 'KA006', message = format('partition %I is live: its time has not passed', archive_partition.partition),
+      hint = 'Archive it an hour after its month has ended.';
   end if;
   -- Nothing is added from here on, and nothing uncommitted is in it.
   execute format('lock table kakunin_private.%I in share mode', archive_partition.partition);
@@ -6457,7 +6495,8 @@ begin
           array(select distinct t from unnest(add_webhook.event_types) t order by t), add_webhook.secret, kakunin_private.clock(), session_user)
   on conflict on constraint webhook_endpoints_pkey do nothing;
   if not found then
-    raise exception using errcode = 'KA010', message = format('there is an endpoint %s already', add_webhook.endpoint_id);
+    raise exception using errcode = 'KA010', message = format('there is an endpoint %s already', add_webhook.endpoint_id),
+      hint = 'Give a new one an id of its own.';
   end if;
   -- Without its path, which may be what protects it.
   perform kakunin_private.record('webhook.added', null, jsonb_build_object(
@@ -6769,11 +6808,12 @@ as $$
 declare
   v_size constant integer := octet_length(metadata::text) + coalesce(octet_length(financial_scope::text), 0);
 begin
-  if coalesce(jsonb_typeof(metadata) <> 'object', true) or jsonb_typeof(financial_scope) <> 'object' or v_size > 16384
-    or kakunin_private.is_too_deep(metadata) then
+  if coalesce(jsonb_typeof(metadata) <> 'object', true) or v_size > 16384
+    or kakunin_private.is_too_deep(metadata) or kakunin_private.is_too_deep(financial_scope) then
     raise exception using errcode = 'KA010',
       message = 'metadata and financial scope are JSON objects of at most 16384 bytes together, nested at most 64 deep';
   end if;
+  perform kakunin_private.check_financial_scope(financial_scope);
   perform kakunin_private.check_known_agent(describe_agent.agent_id);
   insert into kakunin_private.agent_descriptions as d (agent_id, metadata, financial_scope)
   values (describe_agent.agent_id, describe_agent.metadata, describe_agent.financial_scope)
@@ -6845,9 +6885,11 @@ begin
   perform kakunin_private.check_snapshot_is_fresh('a decision chain');
   select * into v_chain from kakunin_private.decision_chains d where d.chain_id = p_chain_id for no key update;
   if not found then
-    raise exception using errcode = 'KA010', message = format('no decision chain %s', coalesce(p_chain_id::text, 'given'));
+    raise exception using errcode = 'KA010', message = format('no decision chain %s', coalesce(p_chain_id::text, 'given')),
+      hint = 'kakunin.decision_chains shows them.';
   elsif v_chain.closed_at is not null then
-    raise exception using errcode = 'KA010', message = format('decision chain %s is closed', p_chain_id);
+    raise exception using errcode = 'KA010', message = format('decision chain %s is closed', p_chain_id),
+      hint = 'Open another.';
   end if;
   return v_chain;
 end
@@ -7131,7 +7173,7 @@ grant select on kakunin.risk_reviews to kakunin_operator, kakunin_auditor;
 -- The worker seals and signs. It reads no entry.
 grant execute on function
   kakunin.seal_ledger(integer), kakunin.tree_head_to_sign(), kakunin.publish_tree_head(bigint, bigint, text, bytea),
-  kakunin.lead_ledger(uuid, text, interval), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
+  kakunin.lead_ledger(uuid, text, interval, text), kakunin.sleep_ledger(), kakunin.consistency_proof(bigint, bigint)
   to kakunin_worker;
 grant execute on function kakunin.make_partitions(interval) to kakunin_worker, kakunin_operator;
 grant execute on function kakunin.ledger_status(), kakunin.ledger_home() to kakunin_worker, kakunin_operator, kakunin_auditor;

@@ -8,7 +8,7 @@ with ours(kind, name, owner, acl, namespace) as (
   select 'function', p.oid::regprocedure::text, p.proowner, coalesce(p.proacl, acldefault('f', p.proowner)), n.nspname
     from pg_proc p join pg_namespace n on n.oid = p.pronamespace
    where n.nspname = 'kakunin_private'
-      or n.nspname = 'kakunin' and (p.proacl is null or p.proname in ('bind_serial', 'set_gateway_logins', 'renew_installation'))
+      or n.nspname = 'kakunin' and (p.proacl is null or p.proname in ('bind_serial', 'set_gateway_logins', 'renew_installation', 'continue_ledger'))
       or n.nspname = 'kakunin' and exists (select from aclexplode(p.proacl) a where a.grantee = 0)
 )
 select o.kind || ' ' || o.name as object,
@@ -22,5 +22,5 @@ select o.kind || ' ' || o.name as object,
   from ours o, aclexplode(o.acl) a
  where a.grantee <> o.owner
    and not (o.name = 'kakunin.bind_serial(text)' and a.grantee = (select r.oid from pg_roles r where r.rolname = 'kakunin_gateway'))
-   and (o.namespace = 'kakunin_private' or a.grantee = 0 or o.name ~ '^kakunin[.](bind_serial|set_gateway_logins|renew_installation)[(]')
+   and (o.namespace = 'kakunin_private' or a.grantee = 0 or o.name ~ '^kakunin[.](bind_serial|set_gateway_logins|renew_installation|continue_ledger)[(]')
  group by o.kind, o.name, o.owner, a.grantee, a.grantor
