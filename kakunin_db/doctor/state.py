@@ -103,7 +103,7 @@ def lag(facts: Facts) -> list[Finding]:
                 "kakunin-db worker; if it runs, its log says why it does not sign",
             )
         )
-    if status["leader"] is None:
+    if status["leader"] is None and not _is_replica(facts):
         found.append(Finding("ledger-lag", "warning", "worker", "none leads", None, "kakunin-db worker"))
     return found
 
@@ -126,15 +126,20 @@ def worker(facts: Facts) -> list[Finding]:
     ]
 
 
-def place(facts: Facts) -> list[Finding]:
-    """An auditor's replica has the publisher's place, and is not to sign."""
-    home = _status(facts, "kakunin.ledger_home()")
-    replicated = facts.value(
-        "select exists (select from pg_subscription_rel s join pg_class c on c.oid = s.srrelid"
-        " join pg_namespace n on n.oid = c.relnamespace"
-        " where n.nspname = 'kakunin_private' and c.relname = 'home')"
+def _is_replica(facts: Facts) -> bool:
+    """An auditor's, by logical replication: it has the publisher's place, and is not to sign."""
+    return bool(
+        facts.value(
+            "select exists (select from pg_subscription_rel s join pg_class c on c.oid = s.srrelid"
+            " join pg_namespace n on n.oid = c.relnamespace"
+            " where n.nspname = 'kakunin_private' and c.relname = 'home')"
+        )
     )
-    if replicated or not (home["moved"] or home["promoted"]):
+
+
+def place(facts: Facts) -> list[Finding]:
+    home = _status(facts, "kakunin.ledger_home()")
+    if not (home["moved"] or home["promoted"]) or _is_replica(facts):
         return []
     was, here = home["home"], home["here"]
     if home["moved"]:
