@@ -79,8 +79,8 @@ select pg_catalog.format('it may call %s', p.oid::pg_catalog.regprocedure),
  where case
    -- Whom a function is for, the end of its comment says: kakunin_agent itself may have been granted more.
    when n.nspname = 'kakunin' then pg_catalog.has_function_privilege(p.oid, 'execute')
-     and coalesce(pg_catalog.obj_description(p.oid, 'pg_proc'), '')
-       !~ 'For [a-z_, ]*(kakunin_agent|all the kit''s roles)[a-z_, ]*$'
+     and pg_catalog.regexp_replace(coalesce(pg_catalog.obj_description(p.oid, 'pg_proc'), ''), '^.*For ', '')
+       !~ 'kakunin_agent|all the kit''s roles'
    when p.proname in (
      'pg_read_file', 'pg_read_binary_file', 'pg_ls_dir', 'pg_stat_file', 'lo_import', 'lo_export',
      'pg_reload_conf', 'pg_file_write', 'dblink_connect_u')

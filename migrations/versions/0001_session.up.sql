@@ -1308,7 +1308,7 @@ begin
       hint = 'Give the model with it.';
   end if;
   update kakunin_private.agents a
-     set name = coalesce(kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200), a.name),
+     set name = kakunin_private.check_text('an agent''s name', coalesce(update_agent.name, a.name), 200),
          tenant = case when update_agent.tenant is not null
            then kakunin_private.check_text('a tenant', update_agent.tenant, 200) else a.tenant end,
          model = case when update_agent.model is not null
@@ -2061,7 +2061,7 @@ begin
 end
 $$;
 comment on function kakunin.current_agent_id() is
-  'The agent of the certificate bound to this session, or NULL as current_cert_serial(). For kakunin_agent and kakunin_gateway';
+  'The agent of the certificate bound to this session, or NULL as current_cert_serial(). For kakunin_agent and kakunin_gateway; views call it for kakunin_operator and kakunin_auditor';
 
 create function kakunin.has_scope(scope text) returns boolean
 language plpgsql stable parallel restricted security definer set search_path = pg_catalog, pg_temp
@@ -3171,7 +3171,7 @@ begin
 end
 $$;
 comment on function kakunin.record_changes() is
-  'Trigger of protect(..., audit => true): an entry of the ledger for each statement that changed rows';
+  'Trigger of protect(..., audit => true): an entry of the ledger for each statement that changed rows. For kakunin_operator';
 
 create function kakunin.audit_changes(target regclass, audit boolean, keys boolean) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -3211,7 +3211,7 @@ begin
 end
 $$;
 comment on function kakunin.audit_changes(regclass, boolean, boolean) is
-  'What protect() calls: puts the triggers of audit on a table, or takes them away. For the table''s owner';
+  'What protect() calls: puts the triggers of audit on a table, or takes them away. For the table''s owner, who needs kakunin_operator';
 
 -- Says what the catalog says, whatever its caller would have it say.
 create function kakunin.record_policy(target regclass) returns void
@@ -3240,7 +3240,7 @@ begin
 end
 $$;
 comment on function kakunin.record_policy(regclass) is
-  'What protect() and unprotect() call: an entry of the ledger that says how row security stands on a table';
+  'What protect() and unprotect() call: an entry of the ledger that says how row security stands on a table. For kakunin_operator';
 
 create function kakunin.protect(
   target regclass,
@@ -3407,7 +3407,7 @@ begin
 end
 $$;
 comment on function kakunin.protect(regclass, name, name[], text, boolean, boolean, boolean, boolean) is
-  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access; audit: each statement that changes rows is an entry of the ledger, with the number of rows, and with audit_keys their primary keys. Can be repeated. For the table''s owner';
+  'Enables row-level security on a table and its partitions, so that the named roles see and change only rows whose serial_column is that of their bound certificate, or its agent where the column is a uuid. write_scope: writes need that scope as well; force: the owner is bound too; keep_policies: other permissive policies may widen access; audit: each statement that changes rows is an entry of the ledger, with the number of rows, and with audit_keys their primary keys. Can be repeated. For the table''s owner, who needs kakunin_operator';
 
 create function kakunin.unprotect(target regclass) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
@@ -3456,7 +3456,7 @@ begin
 end
 $$;
 comment on function kakunin.unprotect(regclass) is
-  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner';
+  'Takes away what protect() put on a table and its partitions, and leaves row security as it stood before, privileges as they are now. For the table''s owner, who needs kakunin_operator';
 
 -- Ledger: what agents did and what was decided about them, append-only.
 --
