@@ -114,7 +114,7 @@ class Wire:
             found = (faults[0] if len(faults) == 1 else faults.pop(0))(request)
             if found != PASS:
                 return found
-        connection = http.client.HTTPConnection(*self.moto.get_host_and_port(), timeout=10)
+        connection = http.client.HTTPConnection(*self.moto.get_host_and_port(), timeout=60)
         connection.request("POST", "/", body, headers)
         response = connection.getresponse()
         status, data = response.status, response.read()
@@ -162,7 +162,7 @@ class Wire:
 
     @functools.cached_property
     def client(self) -> Any:
-        return kms._new_client("eu-west-1", self.url, 5, 1)
+        return kms._new_client("eu-west-1", self.url, 60, 1)  # moto loads much at its first request
 
     @functools.cached_property
     def arn(self) -> str:
