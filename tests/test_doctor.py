@@ -817,6 +817,29 @@ def test_a_function_of_every_row_that_cannot_be_inlined(kit: Database) -> None:
     assert the(kit, "policy-per-row") is None
 
 
+def test_everything_it_prints_run_in_its_order_mends(kit: Database) -> None:
+    """No mending takes another back: the article's policy believes a setting, and reads it for every row."""
+    run(
+        kit,
+        "create table agent_vault (permitted_agent_serial text);"
+        " create index on agent_vault (permitted_agent_serial);"
+        " alter table agent_vault enable row level security;"
+        " create policy isolation on agent_vault to kakunin_agent using (permitted_agent_serial"
+        " = current_setting('request.jwt.claims', true)::json->>'kakunin_cert_serial');"
+        " grant select on agent_vault to kakunin_agent",
+    )
+
+    def about() -> list[Finding]:
+        return [finding for finding in look(kit).findings if finding.object.endswith("public.agent_vault")]
+
+    found = about()
+    assert {"policy-forgeable", "policy-per-row"} <= {finding.id for finding in found}
+    for finding in found:
+        if finding.sql:
+            run(kit, finding.sql)
+    assert about() == []
+
+
 def test_on_a_standby(kit: Database) -> None:
     run(kit, f"{V}; grant truncate on vault to agent_1")
     standby = kit.cluster.standby()
