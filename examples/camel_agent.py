@@ -5,6 +5,7 @@
 
 The arguments are those of examples/bound_session.py. The agent needs the action vault:read. The model is one
 behind OpenAI's API, also on this machine.
+Needs kakunin-db with the extras binary and camel.
 """
 
 from __future__ import annotations
@@ -58,4 +59,6 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

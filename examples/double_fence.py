@@ -5,6 +5,7 @@ but its own.
 
 The arguments are those of examples/bound_session.py. The tool, LangChain's here, runs whatever SQL a model
 writes, and its guard asks for the action vault:query.
+Needs kakunin-db with the extras binary and langchain.
 """
 
 from __future__ import annotations
@@ -48,4 +49,6 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

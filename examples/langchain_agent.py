@@ -4,6 +4,7 @@
 
 The arguments are those of examples/bound_session.py. The agent needs the action vault:read. A scripted model
 stands for a real one.
+Needs kakunin-db with the extras binary and langchain.
 """
 
 from __future__ import annotations
@@ -68,4 +69,6 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

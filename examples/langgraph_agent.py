@@ -4,6 +4,7 @@
 
 The arguments are those of examples/bound_session.py. The agent needs the action vault:read. A script stands
 for a model.
+Needs kakunin-db with the extras binary and langgraph.
 """
 
 from __future__ import annotations
@@ -65,4 +66,6 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

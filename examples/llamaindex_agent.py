@@ -4,6 +4,7 @@
 
 The arguments are those of examples/bound_session.py. The agent needs the action vault:read. LlamaIndex's mock
 model, scripted, stands for a real one.
+Needs kakunin-db with the extras binary and llamaindex.
 """
 
 from __future__ import annotations
@@ -75,4 +76,6 @@ def main(dsn: str, certificate: str, installation_id: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -1,12 +1,12 @@
 """The published SDK (pip install kakunin), unchanged, on a server of one's own.
 
-    kakunin-db serve --dsn DSN --keys file:keys --permits trade.execute
-    kakunin-db serve keys create example --scopes agents:read,agents:write,...
+    KAKUNIN_KEY_PASSWORD=... kakunin-db serve --dsn DSN --keys file:keys --permits trade.execute
+    kakunin-db serve keys create example --dsn OPERATOR_DSN --scopes \\
+      agents:read,agents:write,agents:certify,agents:sign,agents:halt,events:write,chains:read,chains:write,reports:write
     KAKUNIN_API_KEY=kak_live_... python examples/sdk_agent.py http://127.0.0.1:8400/v1
 
 The server's login holds kakunin_gateway, kakunin_registrar, kakunin_operator and kakunin_auditor
-(docs/api.md); the key has all scopes but the reading of events. There has to be an authority:
-kakunin-db ca init.
+(docs/api.md), OPERATOR_DSN's kakunin_operator. There has to be an authority: kakunin-db ca init.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from .signers import KeyStore, Signer, open_keys
 from .tickets import TicketCache
 
 _MAX_LIFETIME = 300
+_READ = "Give what certify() or --out wrote: Path('atlas.pem').read_bytes()."
 
 
 def base64url(data: bytes) -> str:
@@ -162,13 +163,17 @@ class AgentCredential:
         :raises SignerError: the store does not have its key.
         """
         data = certificate.encode() if isinstance(certificate, str) else certificate
+        if not isinstance(data, bytes):
+            raise BadInputError(
+                f"a certificate is the text or the bytes of its file, and not {type(data).__name__}", _READ
+            )
         try:
             pem = data.lstrip().startswith(b"-----")
             parsed = x509.load_pem_x509_certificate(data) if pem else x509.load_der_x509_certificate(data)
             agent = AgentCertificate(parsed)
             agent_id, public_key = agent.agent_id, agent.public_key
         except (ValueError, IndexError) as error:
-            raise BadInputError("this is not an agent's certificate in PEM or DER") from error
+            raise BadInputError("this is not an agent's certificate in PEM or DER", _READ) from error
         store = open_keys(keys) if isinstance(keys, str) else keys
         return cls(agent_id, agent.serial, store.open(public_key), installation_id)
 

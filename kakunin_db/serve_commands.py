@@ -7,8 +7,12 @@ import datetime as dt
 import ipaddress
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from .commands import Refused, _answer, _answer_rows, _connect, _note
+
+if TYPE_CHECKING:
+    import socket
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -76,7 +80,17 @@ def serve(options: argparse.Namespace) -> int:
         timeout_graceful_shutdown=10,
     )
     asyncio.run(app.backend.check())
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                scheme = "https" if options.tls_cert else "http"
+                name = f"[{host}]" if ":" in host else host
+                url = f"{scheme}://{name}:{port}"
+                log.info("listening on %s", url, extra={"event": "listening", "fields": {"url": url}})
+
+    server = Server(config)
     server.run()
     return 0 if server.started else 1
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .webhooks import SecretKeys
 
 _VARIABLE = "KAKUNIN_WEBHOOK_KEY"
+_MAKE = "openssl rand -base64 32"
 
 
 def secret_keys(options: argparse.Namespace) -> SecretKeys | None:
@@ -24,7 +25,12 @@ def secret_keys(options: argparse.Namespace) -> SecretKeys | None:
     from .webhooks import SecretKeys  # noqa: PLC0415
 
     if options.webhook_key is not None:
-        where, text = options.webhook_key, _read(options.webhook_key).decode("ascii", "replace")
+        try:
+            where, text = options.webhook_key, _read(options.webhook_key).decode("ascii", "replace")
+        except Refused as error:
+            raise Refused(
+                str(error), f"It is the one endpoints were added with; the first is made by: {_MAKE} > FILE"
+            ) from error
     elif os.environ.get(_VARIABLE):
         where, text = f"${_VARIABLE}", os.environ[_VARIABLE]
     else:
@@ -40,7 +46,7 @@ def _needed(options: argparse.Namespace) -> SecretKeys:
     if keys is None:
         raise Refused(
             "there is no key to encrypt the endpoint's secret under",
-            f"Give --webhook-key or set {_VARIABLE}, as for the worker. Make one: openssl rand -base64 32",
+            f"Give --webhook-key or set {_VARIABLE}, as for the worker. Make one: {_MAKE}",
             status=2,
         )
     return keys

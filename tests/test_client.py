@@ -762,6 +762,13 @@ def test_a_connection_that_ended_while_it_was_idle_is_made_anew(client: Opener, 
     assert operator.agents.halt(agent.agent_id, "x").pending is None
 
 
+@pytest.mark.parametrize("given", ["atlas.pem", b"0", Path("atlas.pem")])
+def test_a_credential_is_made_of_a_certificate_and_not_of_its_path(given: Any) -> None:
+    with pytest.raises(BadInputError) as caught:
+        AgentCredential.from_certificate(given, "file:keys")
+    assert "read_bytes()" in (caught.value.hint or "")
+
+
 def test_a_client_serves_many_threads(local: Place) -> None:
     with (
         Kakunin(local.database.dsn("registrar"), keys=local.keys) as registrar,

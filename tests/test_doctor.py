@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import MAJORS, ROOT, Cluster
+from cluster import MAJORS, ROOT, Cluster, binaries
 from conftest import Database, _ca, fresh_database, start_cluster
 from cryptography.hazmat.primitives import serialization
 from psycopg import sql as pgsql
@@ -24,6 +24,7 @@ from test_export import project, psql, write  # noqa: F401
 from kakunin_db import CertificateAuthority, LocalSigner, cli
 from kakunin_db.doctor import CHECKS, SEVERITIES, Finding, Report, Thresholds, examine
 from kakunin_db.export_commands import supabase_sql
+from kakunin_db.migrate import migrate
 from kakunin_db.resources import install_sql
 
 # What is so on the servers of the tests: no fixed minor of some majors, and logins without limits.
@@ -865,6 +866,29 @@ def test_a_function_of_every_row_that_cannot_be_inlined(kit: Database) -> None:
     assert the(kit, "policy-per-row") is None
 
 
+def test_everything_it_prints_run_in_its_order_mends(kit: Database) -> None:
+    """No mending takes another back: the article's policy believes a setting, and reads it for every row."""
+    run(
+        kit,
+        "create table agent_vault (permitted_agent_serial text);"
+        " create index on agent_vault (permitted_agent_serial);"
+        " alter table agent_vault enable row level security;"
+        " create policy isolation on agent_vault to kakunin_agent using (permitted_agent_serial"
+        " = current_setting('request.jwt.claims', true)::json->>'kakunin_cert_serial');"
+        " grant select on agent_vault to kakunin_agent",
+    )
+
+    def about() -> list[Finding]:
+        return [finding for finding in look(kit).findings if finding.object.endswith("public.agent_vault")]
+
+    found = about()
+    assert {"policy-forgeable", "policy-per-row"} <= {finding.id for finding in found}
+    for finding in found:
+        if finding.sql:
+            run(kit, finding.sql)
+    assert about() == []
+
+
 def test_on_a_standby(kit: Database) -> None:
     run(kit, f"{V}; grant truncate on vault to agent_1")
     standby = kit.cluster.standby()
@@ -911,6 +935,35 @@ def test_nothing_after_a_migration(cluster: Cluster) -> None:
 
 def cluster_is_old(report: Report) -> bool:
     return "server-outdated" in {f.id for f in report.findings}
+
+
+@pytest.mark.parametrize("major", MAJORS)
+def test_nothing_after_the_readme(major: int) -> None:
+    """Its SQL for a DBA, on a server of its own: an agent finds the table as the examples name it, and
+    there is nothing to complain of."""
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## For a DBA")[2].partition("## ")[0]
+    first, second, *_ = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
+    bindir = binaries(major)
+    assert bindir is not None
+    server = Cluster(major, bindir)
+    try:
+        server.init()
+        server.start()
+        with server.connect(autocommit=True) as admin:
+            admin.execute("create database app")
+        with server.connect("app", autocommit=True) as admin:
+            admin.execute(first.encode())
+        migrate(server.dsn("app", "kit_owner"))
+        with server.connect("app", "kit_owner", autocommit=True) as owner:
+            owner.execute(second.encode())
+        with server.connect("app", "agent_login") as agent:
+            assert agent.execute("select * from agent_vault").fetchall() == []
+        with server.connect("app", autocommit=True) as connection:
+            report = examine(connection)
+        assert [f for f in findings(report) if f.severity != "notice"] == []
+    finally:
+        server.destroy()
 
 
 def test_nothing_on_supabase(project: Cluster, supabase: str, tmp_path: Path) -> None:  # noqa: F811

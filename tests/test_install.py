@@ -620,7 +620,7 @@ def test_refused_downgrade_is_one_line(empty: Empty, capsys: pytest.CaptureFixtu
     assert err == (
         "kakunin-db: the kit is in use outside its schemas: view public.v (KA010)."
         " kakunin-db uninstall takes policies and triggers off and leaves the tables closed. What else is"
-        " listed has to be dropped.\n"
+        " listed has to be dropped, a default by: alter table <table> alter <column> drop default;\n"
     )
 
 

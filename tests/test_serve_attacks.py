@@ -363,6 +363,16 @@ def test_a_server_whose_login_is_no_gateway_does_not_start(database: Database) -
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_server_whose_database_has_no_kit_does_not_start(database: Database) -> None:
+    """Its login may hold the kit's roles all the same: they are the cluster's."""
+    elsewhere = psycopg.conninfo.make_conninfo(database.dsn("gateway"), dbname="postgres")
+    command = [sys.executable, "-m", "kakunin_db.cli", "serve", "--dsn", elsewhere]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "the kit is not in this database. Run kakunin-db migrate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_keys_are_not_sent_in_the_clear(database: Database) -> None:
     command = [sys.executable, "-m", "kakunin_db.cli", "serve", "--dsn", database.dsn("gateway")]
     done = subprocess.run(

@@ -67,6 +67,7 @@ def test_the_sdk_on_a_server_of_ones_own(
         written = (tmp_path / "log").read_text()
         assert key[-43:] not in written
         lines = [json.loads(line) for line in written.splitlines()]
+        assert lines[0]["message"] == f"listening on http://127.0.0.1:{port}"
         assert "POST /v1/agents/{agent_id}/halt 200" in {line["message"] for line in lines}
         used = database.value("operator", "select last_used_at from kakunin.api_keys")
         assert used is not None

@@ -1088,6 +1088,9 @@ def test_files_by_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.hint == "Set KAKUNIN_KEY_PASSWORD."
     with pytest.raises(SignerError, match="none.pem cannot be read: No such file"):
         open_signer(f"file:{tmp_path}/none.pem", password=b"p")
+    with pytest.raises(SignerError, match="is a folder of keys") as found:
+        open_signer(f"file:{folder}", password=b"p")
+    assert "subject key identifier" in (found.value.hint or "")
 
 
 def test_kms_by_uri(wire: Wire) -> None:

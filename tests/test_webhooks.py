@@ -1294,6 +1294,9 @@ def test_the_commands(
     code, _, err = command(capsys, "add", receiver.url, "--events", "agent.created")
     assert code == 2
     assert "openssl rand -base64 32" in err
+    code, _, err = command(capsys, "add", receiver.url, "--events", "agent.created", "--webhook-key", "none")
+    assert code == 1
+    assert "none cannot be read: No such file or directory. It is the one endpoints were added with" in err
     code, out, _ = command(
         capsys, "add", receiver.url, "--events", "agent.created,certificate.revoked", *key, "--json"
     )

@@ -2,7 +2,8 @@
 
     KAKUNIN_KEY_PASSWORD=... python examples/gateway/agent.py URL NAME.pem
 
-NAME.pem is what examples/register_agent.py wrote. KAKUNIN_KEYS as there.
+NAME.pem is what examples/register_agent.py wrote, for the actions vault:read and vault:write. KAKUNIN_KEYS as
+there. Needs httpx and kakunin-db with the extra http.
 """
 
 import os
@@ -45,4 +46,6 @@ def main(url: str, certificate: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -4,7 +4,8 @@
         uvicorn --app-dir examples/gateway server:app
 
 The DSN names a login with kakunin_gateway, and the table is that of sql/policies/agent_vault.sql. Agents sign
-their requests (agent.py), because a serial is no proof.
+their requests (agent.py), because a serial is no proof. Needs fastapi, uvicorn and kakunin-db with the extras
+binary, http and pool.
 """
 
 import os

@@ -145,4 +145,6 @@ async def main(owner_dsn: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     sys.exit(asyncio.run(main(*sys.argv[1:])))

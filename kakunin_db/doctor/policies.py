@@ -227,7 +227,12 @@ def per_row(facts: Facts) -> list[Finding]:
                 opaque.add(function["name"])
         if names:
             said = ", ".join(sorted(f"{name}()" for name in names))
-            sql = policies.rewritten(policy, lambda text, names=names: _wrapped(text, names))  # type: ignore[misc]
+            # What believes a setting is mended by other SQL: this would put the setting back.
+            sql = (
+                None
+                if policies.reads(policy)
+                else policies.rewritten(policy, lambda text, names=names: _wrapped(text, names))  # type: ignore[misc]
+            )
             found.append(
                 Finding(
                     "policy-per-row",

@@ -39,6 +39,10 @@ class RoleMissingError(KakuninError):
     """The server's login does not hold the role. No SQLSTATE."""
 
 
+class KitMissingError(KakuninError):
+    """The kit is not in the server's database. No SQLSTATE."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator decides about a server.
@@ -80,8 +84,8 @@ class Backend:
         self._clients: dict[Role, AsyncKakunin] = {}
 
     async def open(self) -> None:
-        """Raises psycopg.Error where the database is not there, RoleMissingError for a login that is no
-        gateway."""
+        """Raises psycopg.Error where the database is not there, KitMissingError where it has no kit,
+        RoleMissingError for a login that is no gateway."""
         from psycopg_pool import AsyncConnectionPool  # noqa: PLC0415 - an extra's
 
         dsn, held = await self.check()
@@ -130,6 +134,12 @@ class Backend:
                 [list(ROLES), [self.name(role) for role in ROLES]],
             )
             held = {row[0] for row in await rows.fetchall()}
+            # The kit's roles are the cluster's, and say nothing about this database.
+            rows = await connection.execute("select from pg_catalog.pg_namespace where nspname = 'kakunin'")
+            if await rows.fetchone() is None:
+                raise KitMissingError(
+                    "the kit is not in this database", "Run kakunin-db migrate, or name another."
+                )
         if "gateway" not in held:
             raise RoleMissingError(
                 "the server's login does not hold kakunin_gateway", "grant kakunin_gateway to <login>"

@@ -175,6 +175,11 @@ def load_jwt_signer(path: str | Path, password: bytes) -> LocalSigner | LocalECD
 def _readable(path: str | Path) -> Iterator[None]:
     try:
         yield
+    except IsADirectoryError as error:
+        raise SignerError(
+            f"{path} is a folder of keys, and this is to be one of them",
+            "Name its file: the certificate's subject key identifier, small letters, no colons, and .pem.",
+        ) from error
     except OSError as error:
         raise SignerError(
             f"the key {path} cannot be read: {error.strerror}", "Check the path and the file's owner."

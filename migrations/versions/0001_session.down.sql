@@ -37,7 +37,7 @@ begin
     raise exception using errcode = 'KA010',
       message = format('the kit is in use outside its schemas: %s%s',
                        v_list, case when v_count > 20 then format(' and %s more', v_count - 20) else '' end),
-      hint = 'kakunin-db uninstall takes policies and triggers off and leaves the tables closed. What else is listed has to be dropped.';
+      hint = 'kakunin-db uninstall takes policies and triggers off and leaves the tables closed. What else is listed has to be dropped, a default by: alter table <table> alter <column> drop default;';
   end if;
 end
 $outside$;
