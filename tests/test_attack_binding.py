@@ -1524,9 +1524,9 @@ def test_g2_a_used_jti_is_remembered_until_it_expires(own_database: Database) ->
 
 
 def test_g2_a_replay_held_up_until_its_use_is_forgotten(own_database: Database) -> None:
-    """A backend that prints plans waits for its client to read them, so whoever replays can have the exchange pause
-    anywhere: begun while the assertion was good, and going on once the record of its use has been swept. A lock
-    has it pause here."""
+    """A backend that prints plans waits for its client to read them, so whoever replays can have the exchange
+    pause anywhere: begun while the assertion was good, and going on once the record of its use has been swept.
+    A lock has it pause here."""
     holder = own_database.agent()
     assertion = holder.assertion(60)
     outcome: list[str] = []
@@ -1545,7 +1545,8 @@ def test_g2_a_replay_held_up_until_its_use_is_forgotten(own_database: Database) 
         waiting.start()
         assert wait_until(lambda: one(admin, "select pg_blocking_pids(%s)", [thief.info.backend_pid]))
         move_clock(own_database, "61 seconds")
-        admin.execute("delete from kakunin_private.used_assertions where expires_at < kakunin_private.clock()")
+        swept = "delete from kakunin_private.used_assertions where expires_at < kakunin_private.clock()"
+        assert admin.execute(swept).rowcount == 1
         admin.commit()
         waiting.join(10)
     assert outcome == ["KA004"]
