@@ -1525,7 +1525,7 @@ def test_g2_a_used_jti_is_remembered_until_it_expires(own_database: Database) ->
 
 def test_g2_a_replay_held_up_until_its_use_is_forgotten(own_database: Database) -> None:
     """A backend that prints plans waits for its client to read them, so whoever replays can have the exchange
-    pause anywhere: begun while the assertion was good, and going on once the record of its use has been swept.
+    pause anywhere: begun while the assertion was good, going on when the record of its use is swept.
     A lock has it pause here."""
     holder = own_database.agent()
     assertion = holder.assertion(60)
