@@ -5,13 +5,36 @@ set local client_min_messages = warning;  -- IF NOT EXISTS would tell of the sch
 
 do $before$
 declare
-  v_owner name;
-  v_wait  text;
+  c_lock   constant bigint := 30224936667605358;
+  v_owner  name;
+  v_wait   text;
+  v_others text;
 begin
-  -- 'kakunin' as a number; held until commit. One migration waits for another as long as that takes.
+  -- 'kakunin' as a number; held until commit. One migration waits for another as long as that takes; but any login can
+  -- take the lock, and for nobody else is waited.
   v_wait := current_setting('lock_timeout');
-  perform set_config('lock_timeout', '0', true);
-  perform pg_advisory_xact_lock(30224936667605358);
+  perform set_config('lock_timeout', '1s', true);
+  loop
+    select string_agg(format('%s (%s)', coalesce('process ' || l.pid, 'a prepared transaction'), coalesce(a.usename, 'unknown')), ', ' order by l.pid)
+      into v_others
+      from pg_locks l left join pg_stat_activity a on a.pid = l.pid
+     where l.locktype = 'advisory' and l.objsubid = 1 and l.granted
+       and l.classid::bigint = c_lock >> 32 and l.objid::bigint = c_lock & 4294967295
+       and l.database = (select d.oid from pg_database d where d.datname = current_database())
+       and not coalesce(pg_has_role(a.usesysid,
+             coalesce((select n.nspowner from pg_namespace n where n.nspname = 'kakunin'), current_user::regrole), 'member'), false);
+    if v_others is not null then
+      raise exception using errcode = 'KA010',
+        message = format('the lock by which migrations wait for each other is held by %s, which is none', v_others),
+        hint = 'End it: select pg_terminate_backend(<process>). Then run the migration again.';
+    end if;
+    begin
+      perform pg_advisory_xact_lock(c_lock);
+      exit;
+    exception
+      when lock_not_available then null;
+    end;
+  end loop;
   -- And for nobody else: what waits for a lock has everybody else wait behind it. Whoever said how long is right.
   perform set_config('lock_timeout', case v_wait when '0' then '5s' else v_wait end, true);
 

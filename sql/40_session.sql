@@ -770,6 +770,13 @@ begin
     raise exception 'the assertion is refused: it has been used before'
       using errcode = 'KA004', hint = c_remedy;
   end if;
+  -- Once more: this may have begun long ago, because a client can have its backend pause (it prints plans and waits for them
+  -- to be read), and an earlier use have been swept meanwhile.
+  v_now := extract(epoch from kakunin_private.clock());
+  if v_exp <= v_now then
+    raise exception 'the assertion is refused: it has expired'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
   -- Each exchange sweeps a few expired ones, so the table stays as small as the last minutes' traffic.
   delete from kakunin_private.used_assertions u
    where u.ctid = any (array(

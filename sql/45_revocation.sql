@@ -16,7 +16,7 @@
 -- A receipt is the UTF-8 of a JSON text in canonical form (RFC 8785), so that a verifier hashes the bytes as
 -- they are. What is due to be signed is a question. Caches of certificates' states are told at once, on the channel
 -- kakunin_revocation and with the agent's id; but any login can fill the queue of notifications, and no revocation may
--- fail by it, so none is sent where it is half full: a cache must not keep an answer for long anyhow.
+-- fail by it or wait for it, so none is sent where it is half full or held: a cache must not keep an answer for long anyhow.
 --
 -- Which backend is bound to what is known from locks, which a binding takes: mark_bound() in the file on sessions.
 
@@ -37,17 +37,39 @@ end
 $$;
 comment on function kakunin_private.check_revocation_reason(text) is 'KA010 unless it is a reason of RFC 5280 that can be given for good';
 
-create function kakunin_private.notify_revocation(p_agent_id uuid) returns void
+-- Who notifies holds, as it commits, a lock on "all databases" (object 0 of pg_database, 1262) and the queue's own, and where
+-- the queue is half full warns its client meanwhile: any login can come to a halt there by not reading, and cannot even be
+-- terminated. Whoever then so much as asks how full the queue is waits with it, and is not to be cancelled. So the lock is
+-- looked for first, and a holder of it is given the time that an honest one needs.
+create function kakunin_private.may_notify() returns boolean
 language plpgsql volatile parallel unsafe
 as $$
 begin
-  if pg_notification_queue_usage() < 0.5 then
-    perform pg_notify('kakunin_revocation', p_agent_id::text);
+  for i in 1..10 loop
+    if not exists (select from pg_locks l
+                    where l.locktype = 'object' and l.database = 0::oid and l.classid = 1262::oid and l.objid = 0::oid and l.granted) then
+      return pg_notification_queue_usage() < 0.5;
+    end if;
+    perform pg_sleep(0.005);
+  end loop;
+  return false;
+end
+$$;
+comment on function kakunin_private.may_notify() is
+  'Whether a notification would be taken at once: the queue is less than half full, and nobody is stuck in it';
+
+-- Asked once for however many: an authority that is distrusted may have certified thousands.
+create function kakunin_private.notify_revocation(p_agent_ids uuid[]) returns void
+language plpgsql volatile parallel unsafe
+as $$
+begin
+  if kakunin_private.may_notify() then
+    perform pg_notify('kakunin_revocation', a::text) from unnest(p_agent_ids) a;
   end if;
 end
 $$;
-comment on function kakunin_private.notify_revocation(uuid) is
-  'Tells whoever listens on kakunin_revocation that the agent, or a certificate of it, was stopped or let go on';
+comment on function kakunin_private.notify_revocation(uuid[]) is
+  'Tells whoever listens on kakunin_revocation that these agents, or certificates of theirs, were stopped or let go on';
 
 create function kakunin_private.revoke(p_serials text[], p_reason text, p_at timestamptz default null) returns text[]
 language plpgsql volatile parallel unsafe
@@ -69,10 +91,13 @@ begin
   foreach v_serial in array v_serials loop
     perform kakunin_private.stop(case when v_at > v_now then 'end ' else '' end || v_serial);
     perform kakunin_private.record('certificate.revoked', c.agent_id, jsonb_build_object(
-              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at))),
-            kakunin_private.notify_revocation(c.agent_id)
+              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at)))
        from kakunin_private.certificates c where c.serial = v_serial;
   end loop;
+  if v_serials <> '{}' then
+    perform kakunin_private.notify_revocation(array(
+      select distinct c.agent_id from kakunin_private.certificates c where c.serial = any (v_serials)));
+  end if;
   return v_serials;
 end
 $$;
@@ -110,7 +135,7 @@ begin
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
   perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
-  perform kakunin_private.notify_revocation(suspend_agent.agent_id);
+  perform kakunin_private.notify_revocation(array[suspend_agent.agent_id]);
 end
 $$;
 comment on function kakunin.suspend_agent(uuid, text) is
@@ -136,7 +161,7 @@ begin
   perform kakunin_private.stop('epoch ' || reinstate_agent.agent_id || ' ' || v_epoch);
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
-  perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
+  perform kakunin_private.notify_revocation(array[reinstate_agent.agent_id]);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is

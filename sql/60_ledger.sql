@@ -192,14 +192,14 @@ language sql stable parallel safe
 return sha256(E'\\x00'::bytea || convert_to(p_entry, 'UTF8'));
 comment on function kakunin_private.leaf_hash(text) is 'The hash of an entry, RFC 6962 section 2.1: of a zero byte and its bytes';
 
--- Not in a halt's or a revocation's way: NOTIFY takes a lock of the whole cluster and fails where its queue is full.
+-- Not in a halt's or a revocation's way: NOTIFY takes a lock of the whole cluster and fails where its queue is full (may_notify()).
 create function kakunin_private.wake_worker() returns void
 language plpgsql volatile parallel unsafe
 as $$
 begin
   -- One transaction wakes it, and the others go on. A queue that somebody else has half filled is left alone: the
   -- worker looks by itself as well.
-  if pg_notification_queue_usage() < 0.5 then
+  if kakunin_private.may_notify() then
     update kakunin_private.sleeper s set asleep = false
      where s.only_row = (select w.only_row from kakunin_private.sleeper w where w.asleep for update skip locked);
     if found then

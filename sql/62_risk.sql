@@ -659,7 +659,7 @@ begin
     if found then
       perform kakunin_private.stop_at_once('risk ' || p_chain.agent_id);
       perform kakunin_private.record('agent.revoked', p_chain.agent_id, v_known);
-      perform kakunin_private.notify_revocation(p_chain.agent_id);
+      perform kakunin_private.notify_revocation(array[p_chain.agent_id]);
     end if;
   end if;
   return jsonb_build_object('revoked', p_revoke);

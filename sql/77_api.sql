@@ -436,7 +436,10 @@ begin
         'by_band', (select coalesce(jsonb_object_agg(t.band, t.n), '{}') from (select v.band, count(*) as n from events v group by 1) t)),
       'decisions', (select coalesce(jsonb_agg(jsonb_build_object(
           'event_id', e.event_id, 'recorded_at', kakunin_private.rfc3339(e.recorded_at), 'event_type', e.entry -> 'event_type', 'metadata', e.entry -> 'metadata')
-          order by e.event_id), '[]') from entries e where e.entry -> 'risk' = 'null'))))::text;
+          order by e.event_id), '[]') from entries e
+         -- What was decided about it. What it did itself (an audited table, say) is as much as it likes, and would be more than
+         -- a document holds.
+         where e.entry -> 'risk' = 'null' and e.entry -> 'serial' = 'null'))))::text;
   insert into kakunin_private.reports (report_id, agent_id, period_start, period_end, created_at, created_by, document)
   values (v_report_id, create_report.agent_id, v_from, v_now, v_now, session_user, v_document);
   perform kakunin_private.record('report.created', create_report.agent_id, jsonb_build_object(

@@ -1505,6 +1505,35 @@ def test_g2_a_used_jti_is_remembered_until_it_expires(own_database: Database) ->
     assert left == 3
 
 
+def test_g2_a_replay_held_up_until_its_use_is_forgotten(own_database: Database) -> None:
+    """A backend that prints plans waits for its client to read them, so whoever replays can have the exchange
+    pause anywhere: begun while the assertion was good, going on when the record of its use is swept.
+    A lock has it pause here."""
+    holder = own_database.agent()
+    assertion = holder.assertion(60)
+    outcome: list[str] = []
+
+    def replay(connection: Connection) -> None:
+        try:
+            outcome.append(one(connection, OPEN, [assertion])[:5])
+        except psycopg.Error as error:
+            outcome.append(str(error.sqlstate))
+
+    with own_database.connect("agent_1", autocommit=True) as agent:
+        agent.execute(OPEN, [assertion])
+    with own_database.connect("agent_2") as thief, own_database.connect("postgres") as admin:
+        admin.execute("lock table kakunin_private.used_assertions")
+        waiting = threading.Thread(target=replay, args=[thief])
+        waiting.start()
+        assert wait_until(lambda: one(admin, "select pg_blocking_pids(%s)", [thief.info.backend_pid]))
+        move_clock(own_database, "61 seconds")
+        swept = "delete from kakunin_private.used_assertions where expires_at < kakunin_private.clock()"
+        assert admin.execute(swept).rowcount == 1
+        admin.commit()
+        waiting.join(10)
+    assert outcome == ["KA004"]
+
+
 @pytest.mark.parametrize("how", ["set transaction read only", "set default_transaction_read_only = on"])
 def test_g2_open_session_refuses_a_read_only_transaction(pair: Pair, how: str) -> None:
     """It could not record the use. A ticket binds there."""

@@ -749,6 +749,70 @@ def test_g3_a_queue_of_notifications_that_is_full_stops_no_halt(narrow: Database
                 narrow.run("agent_1", BIND, [gone_one.ticket])
 
 
+NOTIFYING = """
+select exists (select from pg_locks
+                where locktype = 'object' and database = 0 and classid = 1262 and objid = 0 and granted)
+"""
+
+
+def unread(database: Database, query: str) -> Connection:
+    """A session whose answer to the query nobody reads."""
+    connection = database.connect("agent_1", autocommit=True)
+    connection.pgconn.send_query(query.encode())
+    while connection.pgconn.flush():
+        pass
+    return connection
+
+
+def room(database: Database, admin: Connection) -> int:
+    """How long a text fits between a backend and a client that does not read, to two thousand characters."""
+    fits, blocks = 10_000, 20_000_000
+    while blocks - fits > 2000:
+        size = (fits + blocks) // 2
+        with contextlib.closing(unread(database, f"select repeat('x', {size})")) as connection:
+            time.sleep(0.2)
+            waits = "select wait_event = 'ClientWrite' from pg_stat_activity where pid = %s"
+            if one(admin, waits, [connection.info.backend_pid]):
+                blocks = size
+            else:
+                fits = size
+    return fits
+
+
+def test_g3_who_is_stuck_in_the_queue_of_notifications_delays_no_halt(narrow: Database) -> None:
+    """Where the queue is half full, NOTIFY warns its client as it commits, and has the queue locked then. A
+    client that does not read keeps it there, and not even pg_terminate_backend() ends it."""
+    if narrow.cluster.major < 17:
+        pytest.skip("the queue holds 8 GiB before Postgres 17, where max_notify_queue_pages is new")
+    halted = agent_of(narrow)
+    with (
+        narrow.connect("agent_1", autocommit=True) as listener,
+        narrow.connect("agent_1", autocommit=True) as sender,
+        narrow.connect("postgres", autocommit=True) as admin,
+        narrow.connect("operator", autocommit=True) as operator,
+    ):
+        listener.execute("listen own")
+        listener.execute("begin")
+        listener.execute("select 1")
+        while one(sender, "select pg_notification_queue_usage()") < 0.5:
+            sender.execute("select pg_notify('own', repeat('n', 7900))")
+        size = room(narrow, admin)
+        told: list[Any] = []
+        halt = threading.Thread(target=lambda: told.append(one(operator, HALT, [halted.agent.agent_id])))
+        for more in (3000, 5000, 1000, 7000):
+            time.sleep(5.1)  # it warns once in five seconds
+            query = f"begin; notify own; select repeat('n', {size + more}); commit"
+            with contextlib.closing(unread(narrow, query)):
+                time.sleep(0.5)
+                if one(admin, NOTIFYING):
+                    halt.start()
+                    halt.join(10)
+                    assert one(admin, NOTIFYING)
+                    assert [t["certificates_revoked"] for t in told] == [[halted.serial]]
+                    return
+        pytest.fail("nobody was stuck")
+
+
 def test_g3_an_agent_that_takes_all_locks_is_halted(narrow: Database) -> None:
     """With all of the server's lock table in use nothing can be written, so its backend is ended first.
 

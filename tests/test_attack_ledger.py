@@ -919,3 +919,14 @@ def test_g5_an_auditor_writes_nothing_but_reports_and_that_it_has_read(database:
     said = json.loads(after[-1][-1])
     assert (said["event_type"], said["agent_id"], said["login"]) == ("ledger.read", None, "auditor")
     assert said["metadata"] == {"command": "read", "details": {"agent_id": "forged"}}
+
+
+def test_g8_what_an_agent_does_is_no_decision_of_its_report(audited: Vault) -> None:
+    """As much as it likes, it would be more than a document holds, and there would be no report of it."""
+    with acting(audited.database, audited.one) as session:
+        session.execute("update vault set content = content || '!'")
+        session.commit()
+    report = audited.database.value("auditor", "select kakunin.create_report(%s)", [audited.one.agent_id])
+    said = "select document::jsonb from kakunin.reports where report_id = %s"
+    decided = audited.database.value("auditor", said, [report])["decisions"]
+    assert [entry["event_type"] for entry in decided] == ["agent.created", "certificate.issued"]

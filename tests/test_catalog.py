@@ -265,9 +265,9 @@ def test_nothing_notifies_but_an_entry_of_an_agent_and_a_revocation(database: Da
     So none is made where the queue is half full: where it is full NOTIFY fails, and the transaction with it.
     """
     assert callers(database, "perform ")
-    notifying = {"kakunin_private.wake_worker()", "kakunin_private.notify_revocation(uuid)"}
+    notifying = {"kakunin_private.wake_worker()", "kakunin_private.notify_revocation(uuid[])"}
     assert callers(database, r"\bpg_notify\b|\bnotify (?!a human)") == notifying
-    assert callers(database, r"if pg_notification_queue_usage\(\) < 0\.5 then\s.*\bpg_notify\b") == notifying
+    assert callers(database, r"if kakunin_private\.may_notify\(\) then\s.*\bpg_notify\b") == notifying
     assert callers(database, r"\bpg_notify\b.*\bpg_notify\b") == set()
     assert callers(database, "wake_worker") == {APPEND, AUDIT_LOG_APPEND}
     assert callers(database, r"kakunin_private\.append\b") == {

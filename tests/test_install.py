@@ -313,6 +313,17 @@ def _concurrently(empty: Empty) -> list[str]:
     return sorted(process.communicate(timeout=60)[0] for process in processes)
 
 
+def test_a_login_that_holds_the_lock_of_migrations_is_named_and_not_waited_for(empty: Empty) -> None:
+    """Any login can."""
+    with empty.cluster.connect(empty.name, "stranger") as holder:
+        holder.execute("select pg_advisory_lock(30224936667605358)")
+        holder.commit()
+        who = rf"held by process {holder.info.backend_pid} \(stranger\)"
+        with pytest.raises(BadInputError, match=who):
+            migrate(empty.dsn)
+    migrate(empty.dsn)
+
+
 def test_failure_midway_leaves_nothing(bare: Empty) -> None:
     before = everything(bare.dsn)
     bare.admin("""

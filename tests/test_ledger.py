@@ -988,6 +988,14 @@ UNGUARDING = [
     " for values from ('2020-01-01') to ('2020-02-01')",
     "create table public.more (like kakunin_private.ledger); alter table kakunin_private.ledger"
     " attach partition public.more for values from ('2020-01-01') to ('2020-02-01')",
+    "drop view kakunin.audit_log cascade; alter table kakunin_private.ledger"
+    " alter column entry type text collate \"C\" using replace(entry, 'halted', 'praised')",
+    "alter table kakunin_private.batches alter column root type bytea using decode('00', 'hex')",
+    "alter table kakunin_private.tree_nodes alter column hash type bytea using sha256(hash)",
+    "alter table kakunin_private.{partition} set unlogged",
+    "alter table kakunin_private.batches drop column root",
+    "alter table kakunin_private.ledger drop column agent_id cascade",
+    "alter table kakunin_private.ledger rename column entry to elsewhere",
 ]
 
 

@@ -124,7 +124,8 @@ async def test_the_agent_reads_its_own_rows(agent: Agent, writer: Agent, tmp_pat
 
 async def test_what_json_or_the_protocol_cannot_have_is_text(agent: Agent, tmp_path: Path) -> None:
     async with serving(environment(agent, tmp_path, "agent_1"), "--sql") as tools:
-        for value in ('{"a": 1, "a": 2}', *("[" * deep + "]" * deep for deep in (66, 300, 900))):
+        halves = ('["\\ud800"]', '{"\\udc80": 1}')  # of a surrogate pair
+        for value in ('{"a": 1, "a": 2}', *halves, *("[" * deep + "]" * deep for deep in (66, 300, 900))):
             assert await rows(tools, f"select '{value}'::json") == [[value]]
         ((value,),) = await rows(tools, f"select '{'[' * 60}{']' * 60}'::json")
         assert isinstance(value, list)

@@ -322,6 +322,34 @@ async def test_a_revocation_while_content_arrives_counts(database: Database) -> 
         assert app.ran == []
 
 
+async def test_a_replay_whose_content_comes_when_its_nonce_is_forgotten(database: Database) -> None:
+    """The signature counts as the request begins, and no more when the rest of it comes."""
+    agent, nonces = database.agent(), MemoryNonces()
+    async with at_signatures("starlette", database, max_age=1, options={"nonces": nonces}) as app:
+        # Good for another two seconds or three: one of max_age and five between the clocks.
+        headers = forged(agent, created=dt.datetime.now(dt.timezone.utc) - dt.timedelta(seconds=3))
+        assert (await app.send("GET", "/whoami", headers)).status == 200
+        messages: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(3.5)
+            nonces._used.clear()  # as they would be twelve seconds after the first use
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        scope = {
+            "type": "http", "method": "GET", "path": "/whoami", "raw_path": b"/whoami", "query_string": b"",
+            "headers": [(k.lower().encode(), v.encode()) for k, v in headers],
+        }  # fmt: skip
+        app.ran.clear()
+        await app.app(scope, receive, send)
+        assert messages[0]["status"] == 401
+        assert b"invalid_signature" in messages[1]["body"]
+        assert app.ran == []
+
+
 async def test_a_middleware_below_another_does_not_ask_for_the_nonce_again(database: Database) -> None:
     from kakunin_db.middleware import AsyncGateway
     from kakunin_db.middleware.asgi import KakuninMiddleware

@@ -360,9 +360,10 @@ def _value(value: bytes | None, oid: int) -> Any:
         if oid in _FLOATS and math.isfinite(float(text)):
             return float(text)
         if oid in _JSON:
-            return _shallow(
-                json.loads(text, parse_int=_exact, parse_float=_exact, object_pairs_hook=_unambiguous)
-            )
+            found = json.loads(text, parse_int=_exact, parse_float=_exact, object_pairs_hook=_unambiguous)
+            # Of the type json half of a surrogate pair may be a text, which has no UTF-8: ValueError.
+            json.dumps(_shallow(found), ensure_ascii=False).encode()
+            return found
     return text
 
 

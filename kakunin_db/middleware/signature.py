@@ -146,6 +146,8 @@ class SignatureRules:
             raise self._too_large()
         try:
             verifier.verify_body(message, results, content)
+            # Content may come slowly: what is too old by now may have a nonce that is forgotten.
+            verifier.verify(message, max_age=self.max_age, expect_tag=TAG)
         except HTTPMessageSignaturesException as error:
             raise self._invalid(str(error) or "It is not that of the certificate's key.") from error
         # Last, so that only who holds the key can use a nonce up. Kept while a repetition could count.

@@ -20,10 +20,17 @@ drop schema if exists kakunin_guard cascade;
 create schema kakunin_guard;
 comment on schema kakunin_guard is 'kakunin-db: refuses DDL on the ledger. A superuser''s, and nobody else''s to use';
 
-create table kakunin_guard.relations (name name primary key, partition boolean not null);
+create function kakunin_guard.columns_of(relation oid) returns text
+language sql stable parallel safe set search_path = pg_catalog, pg_temp
+return (select md5(string_agg(concat_ws(' ', a.attname, a.atttypid, a.atttypmod, a.attcollation, a.attgenerated), ',' order by a.attname))
+          from pg_attribute a where a.attrelid = relation and a.attnum > 0 and not a.attisdropped);
+comment on function kakunin_guard.columns_of(oid) is 'What columns a table has: a digest of their names and types';
+
+create table kakunin_guard.relations (name name primary key, partition boolean not null, columns text not null);
 comment on table kakunin_guard.relations is 'What is guarded: the tables of the ledger and of its tree, and each partition since it was attached';
 insert into kakunin_guard.relations
-values ('ledger', false), ('batches', false), ('tree_nodes', false), ('tree_heads', false), ('exports', false);
+select c.relname, false, kakunin_guard.columns_of(c.oid) from pg_class c
+ where c.relnamespace = 'kakunin_private'::regnamespace and c.relname in ('ledger', 'batches', 'tree_nodes', 'tree_heads', 'exports');
 
 create table kakunin_guard.functions (name name primary key, source text not null);
 comment on table kakunin_guard.functions is 'The functions of the triggers, as they were when the guard was installed';
@@ -40,14 +47,14 @@ declare
   v_wrong   text;
 begin
   -- A partition is guarded from the moment it is one.
-  insert into kakunin_guard.relations (name, partition)
-  select c.relname, true from pg_inherits i join pg_class c on c.oid = i.inhrelid
+  insert into kakunin_guard.relations (name, partition, columns)
+  select c.relname, true, kakunin_guard.columns_of(c.oid) from pg_inherits i join pg_class c on c.oid = i.inhrelid
    where i.inhparent = v_ledger and c.relnamespace = v_private and c.relname collate "C" ~ '^ledger_(default|[0-9]{6})$'
   on conflict do nothing;
   select r.name into v_wrong
     from kakunin_guard.relations r
     left join pg_class c on c.relnamespace = v_private and c.relname = r.name and c.relkind in ('r', 'p')
-   where c.oid is null or c.relrowsecurity or c.relhasrules
+   where c.oid is null or c.relrowsecurity or c.relhasrules or r.columns <> kakunin_guard.columns_of(c.oid)
       or (r.partition and not exists (select from pg_inherits i where i.inhrelid = c.oid and i.inhparent = v_ledger and not i.inhdetachpending))
       or not exists (
         select from pg_trigger t join pg_proc p on p.oid = t.tgfoid
@@ -109,6 +116,26 @@ end
 $$;
 comment on function kakunin_guard.after_drop() is 'Event trigger: checks after a DROP in kakunin_private';
 
+-- ALTER TABLE ... TYPE ... USING writes every row anew, and fires no trigger of the table's.
+create function kakunin_guard.on_rewrite() returns event_trigger
+language plpgsql volatile parallel unsafe security definer set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_name name;
+begin
+  select c.relname into v_name from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace and n.nspname = 'kakunin_private'
+    join kakunin_guard.relations r on r.name = c.relname
+   where c.oid = pg_event_trigger_table_rewrite_oid();
+  if found then
+    raise exception using errcode = 'KA006',
+      message = format('the ledger is append-only: rows of %I of kakunin_private are not written anew', v_name),
+      hint = 'What is wrong in it is corrected by another entry.';
+  end if;
+end
+$$;
+comment on function kakunin_guard.on_rewrite() is 'Event trigger: KA006 where DDL would write the rows of a table of the ledger anew';
+
 create function kakunin_guard.release(partition name) returns void
 language plpgsql volatile parallel unsafe set search_path = pg_catalog, pg_temp
 as $$
@@ -128,10 +155,13 @@ select kakunin_guard.check_ledger();
 
 create event trigger kakunin_guard_command on ddl_command_end execute function kakunin_guard.after_command();
 create event trigger kakunin_guard_drop on sql_drop execute function kakunin_guard.after_drop();
+create event trigger kakunin_guard_rewrite on table_rewrite execute function kakunin_guard.on_rewrite();
 -- Also with session_replication_role = replica.
 alter event trigger kakunin_guard_command enable always;
 alter event trigger kakunin_guard_drop enable always;
+alter event trigger kakunin_guard_rewrite enable always;
 comment on event trigger kakunin_guard_command is 'KA006 where DDL would detach, add or unguard a table of kakunin''s ledger';
 comment on event trigger kakunin_guard_drop is 'KA006 where DROP would take away a table of kakunin''s ledger, or its trigger';
+comment on event trigger kakunin_guard_rewrite is 'KA006 where DDL would write the rows of kakunin''s ledger anew';
 
 commit;
