@@ -1526,7 +1526,7 @@ def test_g2_a_replay_held_up_until_its_use_is_forgotten(own_database: Database) 
         waiting = threading.Thread(target=replay, args=[thief])
         waiting.start()
         assert wait_until(lambda: one(admin, "select pg_blocking_pids(%s)", [thief.info.backend_pid]))
-        move_clock(own_database, "61 seconds")
+        own_database.move_clock("61 seconds")
         swept = "delete from kakunin_private.used_assertions where expires_at < kakunin_private.clock()"
         assert admin.execute(swept).rowcount == 1
         admin.commit()
