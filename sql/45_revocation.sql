@@ -40,16 +40,23 @@ comment on function kakunin_private.check_revocation_reason(text) is 'KA010 unle
 -- Who notifies holds, as it commits, a lock on "all databases" (object 0 of pg_database, 1262) and the queue's own, and where
 -- the queue is half full warns its client meanwhile: any login can come to a halt there by not reading, and cannot even be
 -- terminated. Whoever then so much as asks how full the queue is waits with it, and is not to be cancelled. So the lock is
--- looked for first, and a holder of it is given the time that an honest one needs.
+-- looked for first. Where others notify all the time somebody always holds it, and not always the same one.
 create function kakunin_private.may_notify() returns boolean
 language plpgsql volatile parallel unsafe
 as $$
+declare
+  v_holder  text collate "C";
+  v_before  text collate "C";
+  v_changes integer := 0;
 begin
   for i in 1..10 loop
-    if not exists (select from pg_locks l
-                    where l.locktype = 'object' and l.database = 0::oid and l.classid = 1262::oid and l.objid = 0::oid and l.granted) then
+    v_holder := (select l.virtualtransaction from pg_locks l
+                  where l.locktype = 'object' and l.database = 0::oid and l.classid = 1262::oid and l.objid = 0::oid and l.granted);
+    v_changes := v_changes + case when v_holder <> v_before then 1 else 0 end;
+    if v_holder is null or v_changes = 2 then
       return pg_notification_queue_usage() < 0.5;
     end if;
+    v_before := v_holder;
     perform pg_sleep(0.005);
   end loop;
   return false;

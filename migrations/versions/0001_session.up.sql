@@ -2443,6 +2443,13 @@ begin
     raise exception 'the assertion is refused: it has been used before'
       using errcode = 'KA004', hint = c_remedy;
   end if;
+  -- Once more: this may have begun long ago, because a client can have its backend pause (it prints plans and waits for them
+  -- to be read), and an earlier use have been swept meanwhile.
+  v_now := extract(epoch from kakunin_private.clock());
+  if v_exp <= v_now then
+    raise exception 'the assertion is refused: it has expired'
+      using errcode = 'KA004', hint = c_remedy;
+  end if;
   -- Each exchange sweeps a few expired ones, so the table stays as small as the last minutes' traffic.
   delete from kakunin_private.used_assertions u
    where u.ctid = any (array(
@@ -2483,7 +2490,7 @@ comment on function kakunin.open_session(text) is
 -- A receipt is the UTF-8 of a JSON text in canonical form (RFC 8785), so that a verifier hashes the bytes as
 -- they are. What is due to be signed is a question. Caches of certificates' states are told at once, on the channel
 -- kakunin_revocation and with the agent's id; but any login can fill the queue of notifications, and no revocation may
--- fail by it, so none is sent where it is half full: a cache must not keep an answer for long anyhow.
+-- fail by it or wait for it, so none is sent where it is half full or held: a cache must not keep an answer for long anyhow.
 --
 -- Which backend is bound to what is known from locks, which a binding takes: mark_bound() in the file on sessions.
 
@@ -2504,17 +2511,46 @@ end
 $$;
 comment on function kakunin_private.check_revocation_reason(text) is 'KA010 unless it is a reason of RFC 5280 that can be given for good';
 
-create function kakunin_private.notify_revocation(p_agent_id uuid) returns void
+-- Who notifies holds, as it commits, a lock on "all databases" (object 0 of pg_database, 1262) and the queue's own, and where
+-- the queue is half full warns its client meanwhile: any login can come to a halt there by not reading, and cannot even be
+-- terminated. Whoever then so much as asks how full the queue is waits with it, and is not to be cancelled. So the lock is
+-- looked for first. Where others notify all the time somebody always holds it, and not always the same one.
+create function kakunin_private.may_notify() returns boolean
+language plpgsql volatile parallel unsafe
+as $$
+declare
+  v_holder  text collate "C";
+  v_before  text collate "C";
+  v_changes integer := 0;
+begin
+  for i in 1..10 loop
+    v_holder := (select l.virtualtransaction from pg_locks l
+                  where l.locktype = 'object' and l.database = 0::oid and l.classid = 1262::oid and l.objid = 0::oid and l.granted);
+    v_changes := v_changes + case when v_holder <> v_before then 1 else 0 end;
+    if v_holder is null or v_changes = 2 then
+      return pg_notification_queue_usage() < 0.5;
+    end if;
+    v_before := v_holder;
+    perform pg_sleep(0.005);
+  end loop;
+  return false;
+end
+$$;
+comment on function kakunin_private.may_notify() is
+  'Whether a notification would be taken at once: the queue is less than half full, and nobody is stuck in it';
+
+-- Asked once for however many: an authority that is distrusted may have certified thousands.
+create function kakunin_private.notify_revocation(p_agent_ids uuid[]) returns void
 language plpgsql volatile parallel unsafe
 as $$
 begin
-  if pg_notification_queue_usage() < 0.5 then
-    perform pg_notify('kakunin_revocation', p_agent_id::text);
+  if kakunin_private.may_notify() then
+    perform pg_notify('kakunin_revocation', a::text) from unnest(p_agent_ids) a;
   end if;
 end
 $$;
-comment on function kakunin_private.notify_revocation(uuid) is
-  'Tells whoever listens on kakunin_revocation that the agent, or a certificate of it, was stopped or let go on';
+comment on function kakunin_private.notify_revocation(uuid[]) is
+  'Tells whoever listens on kakunin_revocation that these agents, or certificates of theirs, were stopped or let go on';
 
 create function kakunin_private.revoke(p_serials text[], p_reason text, p_at timestamptz default null) returns text[]
 language plpgsql volatile parallel unsafe
@@ -2536,10 +2572,13 @@ begin
   foreach v_serial in array v_serials loop
     perform kakunin_private.stop(case when v_at > v_now then 'end ' else '' end || v_serial);
     perform kakunin_private.record('certificate.revoked', c.agent_id, jsonb_build_object(
-              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at))),
-            kakunin_private.notify_revocation(c.agent_id)
+              'serial', c.serial, 'reason', p_reason, 'revoked_at', kakunin_private.rfc3339(v_at)))
        from kakunin_private.certificates c where c.serial = v_serial;
   end loop;
+  if v_serials <> '{}' then
+    perform kakunin_private.notify_revocation(array(
+      select distinct c.agent_id from kakunin_private.certificates c where c.serial = any (v_serials)));
+  end if;
   return v_serials;
 end
 $$;
@@ -2577,7 +2616,7 @@ begin
    where a.agent_id = suspend_agent.agent_id;
   perform kakunin_private.stop(suspend_agent.agent_id::text);
   perform kakunin_private.record('agent.suspended', suspend_agent.agent_id, jsonb_build_object('reason', suspend_agent.reason));
-  perform kakunin_private.notify_revocation(suspend_agent.agent_id);
+  perform kakunin_private.notify_revocation(array[suspend_agent.agent_id]);
 end
 $$;
 comment on function kakunin.suspend_agent(uuid, text) is
@@ -2603,7 +2642,7 @@ begin
   perform kakunin_private.stop('epoch ' || reinstate_agent.agent_id || ' ' || v_epoch);
   execute format('drop domain if exists kakunin_private.%I', reinstate_agent.agent_id);
   perform kakunin_private.record('agent.reinstated', reinstate_agent.agent_id, '{}');
-  perform kakunin_private.notify_revocation(reinstate_agent.agent_id);
+  perform kakunin_private.notify_revocation(array[reinstate_agent.agent_id]);
 end
 $$;
 comment on function kakunin.reinstate_agent(uuid) is
@@ -3652,14 +3691,14 @@ language sql stable parallel safe
 return sha256(E'\\x00'::bytea || convert_to(p_entry, 'UTF8'));
 comment on function kakunin_private.leaf_hash(text) is 'The hash of an entry, RFC 6962 section 2.1: of a zero byte and its bytes';
 
--- Not in a halt's or a revocation's way: NOTIFY takes a lock of the whole cluster and fails where its queue is full.
+-- Not in a halt's or a revocation's way: NOTIFY takes a lock of the whole cluster and fails where its queue is full (may_notify()).
 create function kakunin_private.wake_worker() returns void
 language plpgsql volatile parallel unsafe
 as $$
 begin
   -- One transaction wakes it, and the others go on. A queue that somebody else has half filled is left alone: the
   -- worker looks by itself as well.
-  if pg_notification_queue_usage() < 0.5 then
+  if kakunin_private.may_notify() then
     update kakunin_private.sleeper s set asleep = false
      where s.only_row = (select w.only_row from kakunin_private.sleeper w where w.asleep for update skip locked);
     if found then
@@ -4559,7 +4598,7 @@ begin
     if found then
       perform kakunin_private.stop_at_once('risk ' || p_chain.agent_id);
       perform kakunin_private.record('agent.revoked', p_chain.agent_id, v_known);
-      perform kakunin_private.notify_revocation(p_chain.agent_id);
+      perform kakunin_private.notify_revocation(array[p_chain.agent_id]);
     end if;
   end if;
   return jsonb_build_object('revoked', p_revoke);
@@ -7065,7 +7104,10 @@ begin
         'by_band', (select coalesce(jsonb_object_agg(t.band, t.n), '{}') from (select v.band, count(*) as n from events v group by 1) t)),
       'decisions', (select coalesce(jsonb_agg(jsonb_build_object(
           'event_id', e.event_id, 'recorded_at', kakunin_private.rfc3339(e.recorded_at), 'event_type', e.entry -> 'event_type', 'metadata', e.entry -> 'metadata')
-          order by e.event_id), '[]') from entries e where e.entry -> 'risk' = 'null'))))::text;
+          order by e.event_id), '[]') from entries e
+         -- What was decided about it. What it did itself (an audited table, say) is as much as it likes, and would be more than
+         -- a document holds.
+         where e.entry -> 'risk' = 'null' and e.entry -> 'serial' = 'null'))))::text;
   insert into kakunin_private.reports (report_id, agent_id, period_start, period_end, created_at, created_by, document)
   values (v_report_id, create_report.agent_id, v_from, v_now, v_now, session_user, v_document);
   perform kakunin_private.record('report.created', create_report.agent_id, jsonb_build_object(
