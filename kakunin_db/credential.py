@@ -148,7 +148,10 @@ class AgentCredential:
             self.agent_id = uuid.UUID(str(agent_id))
             self.installation_id = None if installation_id is None else uuid.UUID(str(installation_id))
         except ValueError as error:
-            raise BadInputError("agent_id and installation_id are UUIDs") from error
+            raise BadInputError(
+                "agent_id and installation_id are UUIDs",
+                "select kakunin.installation_id() says the database's.",
+            ) from error
         self.serial = normalize_serial(serial)
         self.signer = signer
         self.tickets = TicketCache()

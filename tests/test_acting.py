@@ -326,8 +326,9 @@ def test_a_guarded_function(open_client: Opener, database: Database, how: str) -
         ["data:*", "x:*"],
     ):
         refused = guard_of(client, required_scopes=scopes)
-        with pytest.raises(ScopeViolationError):
+        with pytest.raises(ScopeViolationError) as caught:
             refused()
+        assert caught.value.hint == "Have the agent certified for this action, or do not attempt it."
         assert refused.ran == 0  # type: ignore[attr-defined]
     another = guard_of(client, uuid.UUID(int=7))
     with pytest.raises(ScopeViolationError, match="acts for agent"):

@@ -769,6 +769,12 @@ def test_a_credential_is_made_of_a_certificate_and_not_of_its_path(given: Any) -
     assert "read_bytes()" in (caught.value.hint or "")
 
 
+def test_a_credential_names_its_installation_by_a_uuid() -> None:
+    with pytest.raises(BadInputError) as caught:
+        AgentCredential(uuid.uuid4(), "3A", LocalSigner.generate(), "production")
+    assert "kakunin.installation_id()" in (caught.value.hint or "")
+
+
 def test_a_client_serves_many_threads(local: Place) -> None:
     with (
         Kakunin(local.database.dsn("registrar"), keys=local.keys) as registrar,

@@ -722,11 +722,15 @@ def require_agent_scope(
     decisions = [_decision(row["decision"]) for row in rows if scopes]
     for decision in decisions:
         if decision.allowed is not True:
-            raise (with_sqlstate(decision.code) or ScopeViolationError)(decision.reason)
+            refusal = with_sqlstate(decision.code) or ScopeViolationError
+            raise refusal(decision.reason, _CERTIFY if refusal is ScopeViolationError else None)
     # Permitted is what was answered, not what was not refused.
     if None in acting or len(acting) != 1 or [decision.action for decision in decisions] != list(scopes):
         raise CredentialRejectedError("the database has not answered what it was asked")
 
+
+# What kakunin.require_scope() says.
+_CERTIFY = "Have the agent certified for this action, or do not attempt it."
 
 # Metadata as text: a driver's own reader fails for numbers that the database can have.
 _EVENT_OF = (
