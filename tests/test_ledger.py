@@ -1282,10 +1282,10 @@ def test_a_reading_is_recorded_by_name(filled: Database, command: str | None, de
 
 def test_a_description_is_nested_no_deeper_than_whoever_reads_the_ledger_can_follow(filled: Database) -> None:
     query, agent_id = "select kakunin.describe_agent(%s, %s, %s)", filled.agent().agent_id
-    accepted, deeper = ('{"a":' * depth + "1" + "}" * depth for depth in (64, 65))
+    accepted, deeper = ('{"permitted_venues":' + "[" * depth + "]" * depth + "}" for depth in (63, 64))
     filled.run("registrar", query, [agent_id, accepted, accepted])
     for metadata, scope in ((deeper, "{}"), ("{}", deeper)):
-        with refused("KA010"):
+        with refused("KA010", match="nested at most 64 deep"):
             filled.run("registrar", query, [agent_id, metadata, scope])
 
 
