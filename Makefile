@@ -36,7 +36,7 @@ FUZZ_EXAMPLES ?= 200
 .PHONY: help test lint check test-all frameworks pythons fuzz soak system postgres postgrest supabase-js supabase-example demo bench freeze build clean
 
 help:
-	@echo 'make test        lint, types and tests on Postgres 18, the attacks on 15 too, from nothing but Python'
+	@echo 'make test        lint, types and tests on Postgres 18, installing on 15 too, from nothing but Python'
 	@echo 'make test-all    all tests on every supported major (MAJORS=15,16,17,18)'
 	@echo 'make frameworks  tests of the guards, and of the published SDK, each with its framework installed (FRAMEWORKS)'
 	@echo 'make pythons     the core and the guards on other interpreters (PYTHONS)'

@@ -118,6 +118,7 @@ class Cluster:
             "max_connections": "80",
             "listen_addresses": "127.0.0.1",
             "log_line_prefix": "%m [%p] %u@%d ",
+            "wal_retrieve_retry_interval": "200ms",
             **(settings or {}),
         }
         if os.geteuid() == 0:

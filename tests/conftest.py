@@ -54,13 +54,9 @@ FIRST = {
 
 
 # Where several majors are tested in one run, as by `make test`, the newest has everything and the others have
-# these: the attacks, and what differs from one version to another before anything else does. `make test-all`
-# has everything on each.
-EVERYWHERE = {
-    "test_attack_binding", "test_attack_halt", "test_attack_identity", "test_attack_isolation",
-    "test_attack_ledger", "test_attack_revocation", "test_attack_risk", "test_catalog", "test_crypto",
-    "test_export", "test_install", "test_mcp_wire",
-}  # fmt: skip
+# these: what differs from one version to another before anything else does. `make test-all` has everything on
+# each.
+EVERYWHERE = {"test_catalog", "test_install", "test_mcp_wire"}
 
 
 @pytest.hookimpl(optionalhook=True)  # where xdist is not installed
